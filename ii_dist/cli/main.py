@@ -1,0 +1,122 @@
+"""The `ii-dist` command: train, eval, show.
+
+In: arguments. Out: an exit code (`ii_dist.config.errors`). What needs no torch is checked before it is imported.
+"""
+
+import argparse
+import dataclasses
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ii_dist
+from ii_dist.config import Plan, RunConfig, UserError, data_facts, dump_config, load_config, make_plan
+from ii_dist.config.errors import EXIT_DONE, DataError
+from ii_dist.runtime import World, this_process
+
+if TYPE_CHECKING:
+    from ii_dist.train.commands import Outcome
+
+CONFIG_HELP = "YAML file; key=value after it overrides a key, such as optim.lr=0.1"
+
+
+def run() -> None:
+    """Entry point of the console command."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; a UserError becomes one line on stderr and the exit code of its class."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.command(args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ii-dist",
+        description="Train Inner-Imaging ResNets on one GPU or many. To start several ranks: python -m launch submit.",
+        epilog="exit codes: 0 done, 1 bug, 2 config or arguments, 3 data, 4 checkpoint, 5 cluster or environment, "
+        "75 stopped as asked and resumable",
+    )
+    parser.add_argument("--version", action="version", version=f"ii-dist {ii_dist.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train", help="train (one rank, or this rank under launch or torchrun); resumes by itself"
+    )
+    train.add_argument("config", type=Path, help=CONFIG_HELP)
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.add_argument(
+        "--new-config", action="store_true", help="go on in an existing run folder although its settings differ"
+    )
+    train.set_defaults(command=_train)
+    evaluate = commands.add_parser("eval", help="exact top-1 and top-5 of a run's newest checkpoint or of a given one")
+    evaluate.add_argument("path", type=Path, help="run folder, or one runs/NAME/checkpoints/step_... folder")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluate.set_defaults(command=_evaluate)
+    show = commands.add_parser("show", help="print the resolved config and the plan; starts no torch")
+    show.add_argument("config", type=Path, help=CONFIG_HELP)
+    show.add_argument("overrides", nargs="*", metavar="key=value")
+    show.add_argument("--ranks", type=int, default=0, help="ranks to plan for (default: what `launch` would start)")
+    show.set_defaults(command=_show)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    cfg = load_config(args.config, args.overrides)
+    world = this_process()
+    plan = _checked_plan(cfg, world)
+    from ii_dist.train.commands import train  # torch is imported only after every cheap check has passed
+
+    return _ended(train(cfg, plan, world, args.new_config))
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from ii_dist.train.preflight import config_of
+
+    cfg = load_config(config_of(args.path), args.overrides)
+    world = this_process()
+    plan = _checked_plan(cfg, world)
+    from ii_dist.train.commands import evaluate_checkpoint
+
+    return _ended(evaluate_checkpoint(cfg, plan, world, args.path))
+
+
+def _ended(outcome: "Outcome") -> int:
+    if outcome.text:
+        print(outcome.text, flush=True)
+    return outcome.exit_code
+
+
+def _checked_plan(cfg: RunConfig, world: World) -> Plan:
+    from ii_dist.train.preflight import preflight
+
+    return preflight(cfg, world)
+
+
+def _show(args: argparse.Namespace) -> int:
+    cfg = load_config(args.config, args.overrides)
+    print(dump_config(cfg), end="")
+    world_size = args.ranks or cfg.launch.nodes * _ranks_per_node(cfg)
+    try:
+        facts = data_facts(cfg.data)
+    except DataError as error:
+        print(f"\nplan: not known before the data set is there ({error})")
+        return EXIT_DONE
+    print("\nplan:")
+    for key, value in dataclasses.asdict(make_plan(cfg, world_size, facts)).items():
+        print(f"  {key}: {list(value) if isinstance(value, tuple) else value}")
+    return EXIT_DONE
+
+
+def _ranks_per_node(cfg: RunConfig) -> int:
+    if cfg.launch.ranks_per_node != "auto":
+        return cfg.launch.ranks_per_node
+    return cfg.launch.gpus_per_node or this_process().gpus or cfg.launch.cpu_ranks_per_node

@@ -1,0 +1,55 @@
+"""WHAT to run: a frozen, strict config tree and the numbers that follow from it. No torch.
+
+In: YAML files (`load_config`), the sizes of a data set (`data_facts`). Out: `RunConfig`, `Plan`, the names in a run
+folder (`RunFolder`), and the errors, with their exit codes, that every other room raises.
+"""
+
+from ii_dist.config.compare import recipe_differences
+from ii_dist.config.errors import CheckpointError, ClusterError, ConfigError, DataError, UserError
+from ii_dist.config.facts import data_facts
+from ii_dist.config.index_header import IndexHeader, read_index_header
+from ii_dist.config.load import dump_config, load_config
+from ii_dist.config.machine import gpu_count
+from ii_dist.config.plan import DataFacts, Plan, make_plan
+from ii_dist.config.run_folder import RunFolder
+from ii_dist.config.schema import (
+    AugmentConfig,
+    CheckpointConfig,
+    DataConfig,
+    EngineConfig,
+    LaunchConfig,
+    MetricsConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "CheckpointConfig",
+    "CheckpointError",
+    "ClusterError",
+    "ConfigError",
+    "DataConfig",
+    "DataError",
+    "DataFacts",
+    "EngineConfig",
+    "IndexHeader",
+    "LaunchConfig",
+    "MetricsConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Plan",
+    "RunConfig",
+    "RunFolder",
+    "TrainConfig",
+    "UserError",
+    "data_facts",
+    "dump_config",
+    "gpu_count",
+    "load_config",
+    "make_plan",
+    "read_index_header",
+    "recipe_differences",
+]

@@ -1,0 +1,44 @@
+"""Whether two configs describe the same training.
+
+In: two `RunConfig`s. Out: the dotted keys in which their recipes differ. Keys that change where, how fast or how
+closely watched a run is, but not what it computes, do not count.
+"""
+
+from typing import Any
+
+from ii_dist.config.schema import RunConfig
+
+FREE_KEYS = (
+    "runs_folder",
+    "data.root",
+    "data.threads_per_rank",
+    "data.prefetch_batches",
+    "engine.device",
+    "train.max_images_per_rank",
+    "train.eval_batch_per_rank",
+    "train.eval_every_epochs",
+    "train.max_skipped_in_a_row",
+    "train.stop_after_steps",
+    "train.hang_timeout_s",
+    "checkpoint",
+    "metrics",
+    "launch",
+)
+
+
+def recipe_differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """`key: old -> new` for each key of the recipe that differs, in the order of the schema."""
+    before, after = _flat(old.model_dump(mode="json"), ""), _flat(new.model_dump(mode="json"), "")
+    changed = (key for key in after if before.get(key) != after[key] and not _is_free(key))
+    return [f"{key}: {before.get(key)} -> {after[key]}" for key in changed]
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+
+
+def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

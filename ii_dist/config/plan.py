@@ -1,0 +1,100 @@
+"""Numbers that follow from a config, a world size and a data set. Pure.
+
+In: `RunConfig`, ranks, images. Out: a frozen `Plan`, written to `plan.json` and printed by ``ii-dist show``.
+"""
+
+import math
+from dataclasses import dataclass
+
+from ii_dist.config.errors import ConfigError
+from ii_dist.config.schema import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class DataFacts:
+    """What a plan needs to know of the data: images of both splits and classes."""
+
+    train_images: int
+    eval_images: int
+    num_classes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Derived numbers of one attempt. Only world_size, images_per_rank, micro_batch, accumulate_steps and eval_steps
+    depend on the number of ranks; everything else is the recipe and stays."""
+
+    world_size: int
+    global_batch: int
+    images_per_rank: int
+    micro_batch: int
+    accumulate_steps: int
+    train_images: int
+    eval_images: int
+    num_classes: int
+    steps_per_epoch: int
+    dropped_images_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    peak_lr: float
+    final_lr: float
+    ema_decay: float
+    """Share of the average that stays after one step; 0 = no average."""
+    eval_steps: int
+    """Evaluation batches of each rank."""
+    eval_every_steps: int
+    save_every_steps: tuple[int, ...]
+    """A step is saved when one of these divides it."""
+    log_every_steps: int
+
+
+def make_plan(cfg: RunConfig, world_size: int, facts: DataFacts) -> Plan:
+    """Derive the plan. Raises ConfigError, naming the key, where a number does not come out whole."""
+    batch = cfg.train.global_batch
+    images_per_rank, accumulate = _split_batch(batch, world_size, cfg.train.max_images_per_rank)
+    if facts.train_images < batch:
+        raise ConfigError(
+            f"train.global_batch {batch}: the data set has {facts.train_images} training images; use that or less"
+        )
+    steps_per_epoch = facts.train_images // batch
+    total_steps = max(1, round(cfg.train.epochs * steps_per_epoch))
+    peak_lr = cfg.optim.lr
+    if cfg.optim.lr_reference_batch:
+        peak_lr *= batch / cfg.optim.lr_reference_batch
+    half_life_steps = cfg.engine.ema_half_life_epochs * steps_per_epoch
+    saves = [cfg.checkpoint.every_steps, round(cfg.checkpoint.every_epochs * steps_per_epoch)]
+    return Plan(
+        world_size=world_size,
+        global_batch=batch,
+        images_per_rank=images_per_rank,
+        micro_batch=images_per_rank // accumulate,
+        accumulate_steps=accumulate,
+        train_images=facts.train_images,
+        eval_images=facts.eval_images,
+        num_classes=facts.num_classes,
+        steps_per_epoch=steps_per_epoch,
+        dropped_images_per_epoch=facts.train_images - steps_per_epoch * batch,
+        total_steps=total_steps,
+        warmup_steps=min(total_steps, round(cfg.optim.warmup_epochs * steps_per_epoch)),
+        peak_lr=peak_lr,
+        final_lr=peak_lr * cfg.optim.final_lr_share,
+        ema_decay=0.5 ** (1 / half_life_steps) if half_life_steps else 0.0,
+        eval_steps=math.ceil(facts.eval_images / (world_size * cfg.train.eval_batch_per_rank)),
+        eval_every_steps=max(1, round(cfg.train.eval_every_epochs * steps_per_epoch)),
+        save_every_steps=tuple(sorted({n for n in saves if n > 0})),
+        log_every_steps=cfg.metrics.log_every_steps,
+    )
+
+
+def _split_batch(global_batch: int, world_size: int, max_images_per_rank: int) -> tuple[int, int]:
+    """Images a rank and the fewest equal micro-batches that respect the limit."""
+    if global_batch % world_size:
+        near = ", ".join(str(n) for n in range(1, global_batch + 1) if global_batch % n == 0 and n <= 2 * world_size)
+        raise ConfigError(
+            f"train.global_batch {global_batch}: does not divide over {world_size} ranks; "
+            f"use a multiple of {world_size}, or one of {near} ranks"
+        )
+    images_per_rank = global_batch // world_size
+    limit = max_images_per_rank or images_per_rank
+    fitting = (n for n in range(1, images_per_rank + 1) if images_per_rank % n == 0 and images_per_rank // n <= limit)
+    return images_per_rank, next(fitting)

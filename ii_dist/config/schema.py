@@ -1,0 +1,251 @@
+"""The config tree: frozen pydantic models, strict, every field with its unit and default.
+
+In: plain values (from YAML and ``key.sub=value``). Out: a `RunConfig`, handed to each package as its own slice.
+Checks that need one slice stand in that slice; checks across slices stand in `RunConfig`. No torch here.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+from ii_dist.config.networks import GATE_NAMES, NETWORKS
+
+Pair = Annotated[tuple[float, float], Strict(False)]
+Triple = Annotated[tuple[float, float, float], Strict(False)]
+Names = Annotated[tuple[str, ...], Strict(False)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+# Reaches file names and sbatch lines: nothing that a shell or SLURM could read as more than a word.
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class Slice(BaseModel):
+    """Base of every part of the tree: unknown keys, wrong types and later writes are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class AugmentConfig(Slice):
+    """Random parameters of a training image; each is a pure function of (seed, epoch, index)."""
+
+    crop_scale: Pair = (0.08, 1.0)
+    """Area of the crop window as a share of the image, smallest and largest."""
+    crop_ratio: Pair = (3 / 4, 4 / 3)
+    """Width / height of the crop window, smallest and largest."""
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not 0.0 < self.crop_scale[0] <= self.crop_scale[1] <= 1.0:
+            raise ValueError(f"crop_scale {list(self.crop_scale)}: needs 0 < smallest <= largest <= 1")
+        if not 0.0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"crop_ratio {list(self.crop_ratio)}: needs 0 < smallest <= largest")
+        return self
+
+
+class DataConfig(Slice):
+    """Where the images are and how they are read."""
+
+    source: Literal["dali", "torch", "synthetic"] = "dali"
+    root: str = "data/imagenet"
+    """Folder with `train.index` and `val.index` (made by `python -m tools.import_dataset` or `tools.index_dataset`)."""
+    image_size: Count = 224
+    """Side of a training image, pixels."""
+    eval_resize: Count = 256
+    """Shorter side after the evaluation resize, pixels."""
+    eval_image_size: Count = 224
+    """Side of the centre crop in evaluation, pixels."""
+    mean: Triple = (0.485, 0.456, 0.406)
+    std: Triple = (0.229, 0.224, 0.225)
+    """Per-channel mean and standard deviation of pixels in [0, 1]."""
+    augment: AugmentConfig = AugmentConfig()
+    threads_per_rank: Annotated[int, Field(ge=0)] = 0
+    """Decoding threads (DALI) or worker processes (torch) a rank; 0 = the node's cores / its ranks."""
+    prefetch_batches: Count = 2
+    decode: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where DALI decodes; auto = on the GPU where the rank has one."""
+    synthetic_images: Count = 4096
+    synthetic_classes: Count = 1000
+    """Size of the synthetic data set (source: synthetic needs no files)."""
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        if self.eval_image_size > self.eval_resize:
+            raise ValueError(f"eval_image_size {self.eval_image_size}: needs eval_resize ({self.eval_resize}) or less")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {list(self.std)}: needs three numbers above 0")
+        return self
+
+
+class ModelConfig(Slice):
+    """Which network, which gate."""
+
+    network: str = "ini_resnet50"
+    gate: str = "fold3x3"
+    gate_reduction: Count = 16
+    """Channels / hidden units of the gate (r)."""
+    fold_width: Count = 16
+    """Columns of the folded pseudo-image (k); must divide the channels of every stage."""
+    lens_filters: Annotated[int, Field(ge=0)] = 0
+    """Filters of the lens convolution (m); 0 = planes / 16, as in the authors' code."""
+    zero_init_last: bool = True
+    """Start the last norm of each block at 0, so that a block begins as the identity."""
+    drop_path: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _known_and_foldable(self) -> Self:
+        if self.network not in NETWORKS:
+            raise ValueError(f"network {self.network!r} is not one of {', '.join(NETWORKS)}")
+        if self.gate not in GATE_NAMES:
+            raise ValueError(f"gate {self.gate!r} is not one of {', '.join(GATE_NAMES)}")
+        if self.gate == "fold3x3":
+            self._check_fold()
+        if self.gate != "none" and (small := min(NETWORKS[self.network].out_channels)) < self.gate_reduction:
+            raise ValueError(f"gate_reduction {self.gate_reduction}: needs {small} or less for {self.network}")
+        return self
+
+    def _check_fold(self) -> None:
+        channels = sorted(set(NETWORKS[self.network].out_channels))
+        fits = [k for k in range(3, channels[-1] + 1) if all(c % k == 0 and 2 * c // k >= 3 for c in channels)]
+        if self.fold_width not in fits:
+            raise ValueError(
+                f"fold_width {self.fold_width}: {self.network} has stages of {', '.join(map(str, channels))} channels; "
+                f"possible widths are {', '.join(map(str, fits))}"
+            )
+
+
+class OptimConfig(Slice):
+    """Optimizer and learning-rate schedule."""
+
+    optimizer: Literal["sgd"] = "sgd"
+    lr: NonNegative = 0.1
+    """Peak learning rate for a global batch of `lr_reference_batch` images."""
+    lr_reference_batch: Annotated[int, Field(ge=0)] = 256
+    """The rate is scaled by global_batch / this; 0 = `lr` is used as it is."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    nesterov: bool = True
+    weight_decay: NonNegative = 1e-4
+    """For weights of convolutions and linear layers; biases and norms get none."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: NonNegative = 5.0
+    final_lr_share: Fraction = 0.0
+    """Rate at the last step / peak rate."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    clip_norm: NonNegative = 0.0
+    """Largest global gradient norm; 0 = no clipping."""
+
+    @model_validator(mode="after")
+    def _nesterov(self) -> Self:
+        if self.nesterov and self.momentum == 0.0:
+            raise ValueError("nesterov true: needs momentum above 0")
+        return self
+
+
+class EngineConfig(Slice):
+    """How one step runs."""
+
+    kind: Literal["ddp"] = "ddp"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = a GPU where there is one for each rank of the node, else CPU."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = True
+    compile: bool = False
+    ema_half_life_epochs: NonNegative = 0.0
+    """Half-life of the exponential moving average of the weights; 0 = none. Where there is one, it is evaluated."""
+    deterministic: bool = False
+    """Only deterministic kernels (slower on GPU)."""
+
+
+class TrainConfig(Slice):
+    """How long and how much at once."""
+
+    epochs: Positive = 90.0
+    global_batch: Count = 256
+    """Images a step over all ranks. Never changes with the number of ranks."""
+    max_images_per_rank: Annotated[int, Field(ge=0)] = 0
+    """Largest micro-batch that fits a rank; larger shares are accumulated. 0 = no limit."""
+    eval_every_epochs: Positive = 1.0
+    eval_batch_per_rank: Count = 64
+    max_skipped_in_a_row: Count = 10
+    """Updates left out in a row, for a non-finite loss or gradient, after which the run stops (noticed when the
+    metrics are read)."""
+    stop_after_steps: Annotated[int, Field(ge=0)] = 0
+    """Stop as if asked (save, exit code 75) after this step; 0 = never. For trials and tests."""
+    hang_timeout_s: NonNegative = 1800.0
+    """Without a step for so long, a rank writes the stacks of its threads and ends; 0 = never."""
+
+
+class CheckpointConfig(Slice):
+    """When steps are saved and which stay."""
+
+    every_epochs: NonNegative = 1.0
+    """Epochs between saves; 0 = only at the end and when asked to stop."""
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps between saves, besides `every_epochs`; 0 = none."""
+    keep_last: Annotated[int, Field(ge=2)] = 3
+    """Newest committed steps to keep (2 or more: the newest may turn out damaged)."""
+    keep_every_steps: Annotated[int, Field(ge=0)] = 0
+    """Keep every multiple of this as well; 0 = none."""
+
+
+class MetricsConfig(Slice):
+    """What is written while training."""
+
+    log_every_steps: Count = 50
+    boards: Names = ("console", "tensorboard", "jsonl")
+
+
+class LaunchConfig(Slice):
+    """What to ask the machine or the cluster for."""
+
+    executor: Literal["local", "slurm"] = "local"
+    nodes: Count = 1
+    ranks_per_node: Literal["auto"] | Count = "auto"
+    """auto = one a GPU; on a machine without a GPU, `cpu_ranks_per_node`."""
+    cpu_ranks_per_node: Count = 1
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    cpus_per_rank: Annotated[int, Field(ge=0)] = 0
+    """Cores a rank on SLURM; 0 = leave to the cluster."""
+    mem_gb: Annotated[int, Field(ge=0)] = 0
+    time_minutes: Count = 1440
+    signal_lead_s: Annotated[int, Field(ge=10)] = 120
+    """Seconds before the time limit at which SLURM asks the run to stop."""
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
+    network_interface: Word | None = None
+    """Interface for gloo and NCCL, such as eth0 or ib0."""
+    master_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port of the first rank's rendezvous; 0 = a free one (local), one by job id (SLURM)."""
+
+
+class RunConfig(Slice):
+    """Everything a run is. `runs_folder/name` is the run folder."""
+
+    name: Word
+    runs_folder: str = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.engine.precision == "fp16" and self.engine.device == "cpu":
+            raise ValueError("engine.precision fp16: needs a GPU; on CPU use fp32 or bf16")
+        if self.data.decode == "gpu" and self.engine.device == "cpu":
+            raise ValueError("data.decode gpu: needs engine.device cuda or auto")
+        if self.optim.warmup_epochs > self.train.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs {self.optim.warmup_epochs}: needs train.epochs ({self.train.epochs}) or less"
+            )
+        return self

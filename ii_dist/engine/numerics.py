@@ -1,0 +1,74 @@
+"""Small pieces of a step that do not know how gradients are exchanged.
+
+In: logits, labels, gradients, buffers. Out: sums, norms, averages. All on the device.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def count_correct(logits_NC: torch.Tensor, labels_N: torch.Tensor, weight_N: torch.Tensor) -> list[torch.Tensor]:
+    """[top-1, top-5] correct images, weighted; top-5 is top-C where there are fewer classes."""
+    k = min(5, logits_NC.shape[1])
+    hits_Nk = (logits_NC.topk(k, dim=1).indices == labels_N[:, None]).to(weight_N.dtype)
+    return [hits_Nk[:, 0] @ weight_N, hits_Nk.sum(1) @ weight_N]
+
+
+def image_losses(logits_NC: torch.Tensor, labels_N: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """Cross entropy of each image, in float32."""
+    return F.cross_entropy(logits_NC.float(), labels_N, reduction="none", label_smoothing=smoothing)
+
+
+def global_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """L2 norm over all gradients, 0-dim; not finite as soon as one element is not."""
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return norm
+
+
+class FlatBuffers:
+    """The floating-point buffers of a network (running means and variances) as views of one vector.
+
+    One copy then keeps or restores all of them, one broadcast sends them. Names and shapes in the state dict stay.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = [
+            (module, name, buffer)
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer.is_floating_point()
+        ]
+        device = named[0][2].device if named else None
+        self.flat = torch.empty(sum(b.numel() for _, _, b in named), device=device)
+        start = 0
+        for module, name, buffer in named:
+            view = self.flat[start : start + buffer.numel()].view(buffer.shape)
+            view.copy_(buffer)
+            module._buffers[name] = view
+            start += buffer.numel()
+
+
+class Average:
+    """Exponential moving average of a network's parameters and floating-point buffers."""
+
+    def __init__(self, model: nn.Module, buffers: FlatBuffers, twin: nn.Module, decay: float) -> None:
+        self.model = twin.requires_grad_(False).eval()
+        self.buffers = FlatBuffers(twin)
+        self._source_buffers = buffers
+        self._share = 1.0 - decay
+        self._mine: list[torch.Tensor] = list(twin.parameters())
+        self._theirs = [p.detach() for p in model.parameters()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the network by one step's share."""
+        torch._foreach_lerp_(self._mine, self._theirs, self._share)
+        self.buffers.flat.lerp_(self._source_buffers.flat, self._share)
+
+    @torch.no_grad()
+    def take_counters(self, model: nn.Module) -> None:
+        """Copy what cannot be averaged (integer counters)."""
+        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+            if not mine.is_floating_point():
+                mine.copy_(theirs)

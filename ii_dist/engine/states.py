@@ -1,0 +1,69 @@
+"""Named tensors of a network and its optimizer, out and in again.
+
+In: a module, an optimizer, a dict of saved tensors. Out: `model.<name>`, `ema.<name>`, `optimizer.<name>.<key>`.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ii_dist.config.errors import CheckpointError
+
+
+def model_tensors(prefix: str, module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by their timm names below `prefix`; the module's own memory."""
+    return {f"{prefix}.{name}": tensor.detach() for name, tensor in module.state_dict().items()}
+
+
+def named_optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor that the optimizer keeps for a parameter, such as `optimizer.conv1.weight.momentum_buffer`."""
+    tensors = {}
+    for name, parameter in module.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+@torch.no_grad()
+def fill(into: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+    """Copy each saved tensor into the one of its name. Raises CheckpointError for the first that does not fit."""
+    for name, tensor in into.items():
+        if name not in saved:
+            raise CheckpointError(
+                f"checkpoint of another model: it has no tensor {name}; use the config it was made with"
+            )
+        if saved[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"checkpoint of another model: {name} has shape {list(saved[name].shape)} there and "
+                f"{list(tensor.shape)} here; use the config it was made with"
+            )
+    prefixes = {name.partition(".")[0] for name in into}
+    extra = [n for n in saved if n.partition(".")[0] in prefixes and n not in into]
+    if extra:
+        raise CheckpointError(
+            f"checkpoint of another model: it has {extra[0]} besides; use the config it was made with"
+        )
+    for name, tensor in into.items():
+        tensor.copy_(saved[name])
+
+
+@torch.no_grad()
+def restore_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, torch.Tensor]) -> None:
+    """Give each parameter its saved optimizer tensors, laid out in memory like the parameter."""
+    keys: dict[str, list[str]] = {}
+    for full in saved:
+        if full.startswith("optimizer."):
+            name, _, key = full.removeprefix("optimizer.").rpartition(".")
+            keys.setdefault(name, []).append(key)
+    parameters = dict(module.named_parameters())
+    unknown = sorted(set(keys) - set(parameters))
+    if unknown:
+        raise CheckpointError(f"checkpoint of another model: optimizer state of {unknown[0]}, which is not here")
+    for name, parameter in parameters.items():
+        for key in keys.get(name, []):
+            value, state = saved[f"optimizer.{name}.{key}"], optimizer.state[parameter]
+            if key not in state:
+                state[key] = torch.empty_like(parameter if value.shape == parameter.shape else value)
+            state[key].copy_(value)

@@ -1,0 +1,111 @@
+"""`ii-dist train` and `ii-dist eval` on one rank, from arguments to an outcome.
+
+In: a config, its plan, this process's world. Out: an exit code and the lines that rank 0 prints last.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ii_dist.config import CheckpointError, ClusterError, Plan, RunConfig, RunFolder
+from ii_dist.config.errors import EXIT_DONE, EXIT_STOPPED
+from ii_dist.data import make_eval_source
+from ii_dist.metrics import Summary, format_summary, write_summary
+from ii_dist.runtime import World, set_up_logging
+from ii_dist.train.evaluate import evaluate
+from ii_dist.train.loop import fit
+from ii_dist.train.opening import build_engine, join, open_session
+from ii_dist.train.resume import find_start, load_start
+from ii_dist.train.session import Session
+
+logger = logging.getLogger(__name__)
+
+LOST_RANK_SIGNS = ("Connection closed by peer", "Connection reset by peer", "Timed out", "remote process exited")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a command ended on this rank; text is empty above rank 0."""
+
+    exit_code: int
+    text: str = ""
+
+
+def train(cfg: RunConfig, plan: Plan, world: World, new_config: bool = False) -> Outcome:
+    """Resume or start, train, save, sum up."""
+    started_s = time.monotonic()
+    set_up_logging(world)
+    with _naming_lost_ranks(world), open_session(cfg, plan, world, new_config) as run:
+        finished = fit(run)
+        run.finish()
+        text = _sum_up(run, time.monotonic() - started_s) if world.rank == 0 else ""
+    return Outcome(EXIT_DONE if finished else EXIT_STOPPED, text)
+
+
+def evaluate_checkpoint(cfg: RunConfig, plan: Plan, world: World, path: Path) -> Outcome:
+    """Exact accuracy of a run's newest step, or of the step folder `path`."""
+    set_up_logging(world)
+    with contextlib.ExitStack() as stack:
+        device = join(cfg, world, stack)
+        source = make_eval_source(
+            cfg.data, plan, world, cfg.seed, str(device), cfg.engine.channels_last, cfg.train.eval_batch_per_rank
+        )
+        stack.callback(source.close)
+        engine = build_engine(cfg, plan, world, device)
+        step_folder = path if path.parent.name == "checkpoints" else None
+        folder = RunFolder(path.parent.parent if step_folder else path)
+        start = find_start(folder, world, step_folder)
+        if start is None:
+            raise CheckpointError(f"{folder.checkpoints}: no committed step there; train the run first")
+        load_start(folder, start, engine)
+        means = evaluate(engine, source, device, lambda: False)
+        assert means is not None
+    text = (
+        f"step {start.step}: top-1 {means['top1']:.2f} %, top-5 {means['top5']:.2f} %, "
+        f"loss {means['loss']:.4f}, {means['images']:.0f} images"
+    )
+    return Outcome(EXIT_DONE, text if world.rank == 0 else "")
+
+
+@contextlib.contextmanager
+def _naming_lost_ranks(world: World) -> Iterator[None]:
+    """A collective that fails because another rank has ended is not this rank's bug: say so in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if world.world_size > 1 and any(sign in text for sign in LOST_RANK_SIGNS):
+            raise ClusterError(
+                f"rank {world.rank} lost another rank ({text.splitlines()[0][:160]}); the log of the rank that ended "
+                "first says why"
+            ) from None
+        raise
+
+
+def _sum_up(run: Session, seconds: float) -> str:
+    """Write summary.json; the lines that say the same."""
+    totals = run.clock.totals()
+    step = run.engine.step
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
+    summary = Summary(
+        steps=step,
+        total_steps=run.plan.total_steps,
+        epochs=step / run.plan.steps_per_epoch,
+        top1=run.results.top1,
+        top5=run.results.top5,
+        best_top1=run.results.best_top1,
+        images_per_s=totals.images_per_s,
+        cold_images_per_s=totals.cold.images_per_s * run.world.world_size,
+        data_wait_share=totals.data_wait_share,
+        seconds=seconds,
+        world_size=run.world.world_size,
+        device=device,
+        newest_checkpoint=run.folder.step(run.saved_step).name if run.saved_step else None,
+    )
+    write_summary(run.folder, summary)
+    return format_summary(run.folder, summary)

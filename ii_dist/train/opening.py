@@ -1,0 +1,207 @@
+"""The one place that knows all rooms: it opens them in order and closes them in reverse.
+
+In: a config, its plan, this process's world. Out: a `Session` at the step where the run goes on.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ii_dist.checkpoint import CheckpointStore, Lease, RunFacts, Saver, take_lease
+from ii_dist.config import (
+    ConfigError,
+    Plan,
+    RunConfig,
+    RunFolder,
+    dump_config,
+    load_config,
+    read_index_header,
+    recipe_differences,
+)
+from ii_dist.data import BatchSource, make_eval_source, make_train_source
+from ii_dist.engine import Engine, EngineParts, make_engine
+from ii_dist.metrics import Board, StepClock, make_boards
+from ii_dist.metrics.means import RunningMeans
+from ii_dist.models import create_model
+from ii_dist.runtime import Watchdog, World
+from ii_dist.runtime.group import close_group, open_group, pick_device
+from ii_dist.runtime.seeds import seed_init
+from ii_dist.runtime.stop import StopRequest, StopVote
+from ii_dist.train.agree import on_rank0
+from ii_dist.train.resume import StartPoint, check_same_run, find_start, load_start, seek_start
+from ii_dist.train.session import Results, Session
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = False) -> Iterator[Session]:
+    """Everything that `fit` needs, opened in the order in which it is needed; closed also when something fails."""
+    folder = RunFolder(Path(cfg.runs_folder) / cfg.name)
+    with contextlib.ExitStack() as stack:
+        stop = StopRequest()
+        stop.listen()
+        stack.callback(stop.close)
+        device = join(cfg, world, stack)
+        lease = _own_folder(cfg, plan, world, folder, new_config, stack)
+        train_source, eval_source = _open_sources(cfg, plan, world, device, stack)
+        start = find_start(folder, world)
+        index_sha256 = _index_sha256(cfg)
+        results = Results()
+        if start is not None:
+            check_same_run(folder, start, plan, index_sha256)
+        engine = build_engine(cfg, plan, world, device)
+        if start is not None:
+            scalars = load_start(folder, start, engine)
+            results = Results(**scalars["results"])
+            seek_start(train_source, start)
+        resumed_step = start.step if start is not None else 0
+        board = make_boards(
+            cfg.metrics.boards,
+            folder,
+            rank=world.rank,
+            world_size=world.world_size,
+            total_steps=plan.total_steps,
+            resumed_step=resumed_step,
+        )
+        stack.callback(board.close)
+        _tell_start(cfg, plan, device, start, board)
+        saver = _make_saver(cfg, plan, world, folder, lease, index_sha256, stack)
+        ballot = StopVote(stop)
+        stack.callback(ballot.close)
+        watchdog = Watchdog(cfg.train.hang_timeout_s, sys.stderr)
+        stack.callback(watchdog.close)
+        watchdog.beat()
+        yield Session(
+            cfg=cfg,
+            plan=plan,
+            world=world,
+            folder=folder,
+            device=device,
+            engine=engine,
+            train_source=train_source,
+            eval_source=eval_source,
+            means=RunningMeans(device),
+            clock=StepClock(world_size=world.world_size, cold_steps=min(plan.steps_per_epoch, plan.total_steps // 4)),
+            board=board,
+            saver=saver,
+            watchdog=watchdog,
+            ballot=ballot,
+            results=results,
+            saved_step=resumed_step,
+        )
+
+
+def join(cfg: RunConfig, world: World, stack: contextlib.ExitStack) -> torch.device:
+    """Threads, device, process group."""
+    device = pick_device(world, cfg.engine.device)
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
+    if cfg.engine.deterministic:
+        torch.use_deterministic_algorithms(True)
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    open_group(world, device)
+    stack.callback(close_group)
+    return device
+
+
+def _own_folder(
+    cfg: RunConfig, plan: Plan, world: World, folder: RunFolder, new_config: bool, stack: contextlib.ExitStack
+) -> Lease | None:
+    """Rank 0 takes the lease and writes config.yaml and plan.json; all ranks fail with it."""
+    taken: list[Lease] = []
+
+    def own() -> str:
+        lease = take_lease(folder, world.job, world.attempt)
+        stack.callback(lease.release)
+        taken.append(lease)
+        _write_config(cfg, folder, new_config)
+        folder.plan.write_text(json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
+        return ""
+
+    on_rank0(world, own)
+    return taken[0] if taken else None
+
+
+def _write_config(cfg: RunConfig, folder: RunFolder, new_config: bool) -> None:
+    if folder.config.exists() and not new_config and any(folder.checkpoints.glob("step_*")):
+        changed = recipe_differences(load_config(folder.config), cfg)
+        if changed:
+            raise ConfigError(
+                f"{folder.config}: this run was started with other settings ({'; '.join(changed)}); "
+                "restore them, use another name=..., or go on with --new-config"
+            )
+    folder.config.write_text(dump_config(cfg))
+
+
+def _open_sources(
+    cfg: RunConfig, plan: Plan, world: World, device: torch.device, stack: contextlib.ExitStack
+) -> tuple[BatchSource, BatchSource]:
+    at, last = str(device), cfg.engine.channels_last
+    train_source = make_train_source(cfg.data, plan, world, cfg.seed, at, last)
+    stack.callback(train_source.close)
+    eval_source = make_eval_source(cfg.data, plan, world, cfg.seed, at, last, cfg.train.eval_batch_per_rank)
+    stack.callback(eval_source.close)
+    return train_source, eval_source
+
+
+def _index_sha256(cfg: RunConfig) -> str:
+    """What the checkpoints say of the data set; "" where there are no files."""
+    return "" if cfg.data.source == "synthetic" else read_index_header(Path(cfg.data.root) / "train.index").sha256
+
+
+def build_engine(cfg: RunConfig, plan: Plan, world: World, device: torch.device) -> Engine:
+    seed_init(cfg.seed)
+    model = create_model(cfg.model, plan.num_classes)
+    return make_engine(
+        model,
+        EngineParts(cfg.engine, cfg.optim, plan, device, cfg.seed, world.rank, cfg.data.image_size),
+    )
+
+
+def _make_saver(
+    cfg: RunConfig,
+    plan: Plan,
+    world: World,
+    folder: RunFolder,
+    lease: Lease | None,
+    index_sha256: str,
+    stack: contextlib.ExitStack,
+) -> Saver:
+    fence = int(on_rank0(world, lambda: str(lease.fence if lease is not None else 0)))
+    facts = RunFacts(
+        engine=cfg.engine.kind,
+        global_batch=plan.global_batch,
+        config_sha256=hashlib.sha256(dump_config(cfg).encode()).hexdigest(),
+        index_sha256=index_sha256,
+    )
+    store = CheckpointStore(folder, facts, world.rank, world.world_size, fence, lease)
+    if world.rank == 0:
+        store.sweep()
+    saver = Saver(store, cfg.checkpoint)
+    stack.callback(saver.close)
+    return saver
+
+
+def _tell_start(cfg: RunConfig, plan: Plan, device: torch.device, start: StartPoint | None, board: Board) -> None:
+    board.text("config", dump_config(cfg))
+    board.text("plan", json.dumps(dataclasses.asdict(plan), indent=2))
+    logger.info(
+        "%s with gate %s on %d ranks (%s): %d steps of %d images%s",
+        cfg.model.network,
+        cfg.model.gate,
+        plan.world_size,
+        device.type,
+        plan.total_steps,
+        plan.global_batch,
+        f", resuming after step {start.step}" if start else "",
+    )

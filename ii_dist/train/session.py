@@ -1,0 +1,136 @@
+"""What the loop works with: every room's part of a run, and what is due at which step.
+
+In: parts that `opening` made. Out: a `Session`, whose methods are the verbs of the loop.
+"""
+
+import dataclasses
+import logging
+import time
+
+import torch
+
+from ii_dist.checkpoint import Saver, SaveResult
+from ii_dist.config import CheckpointError, ConfigError, Plan, RunConfig, RunFolder
+from ii_dist.data import BatchSource
+from ii_dist.engine import Engine
+from ii_dist.metrics import Board, StepClock
+from ii_dist.metrics.means import RunningMeans, eval_tags, train_tags
+from ii_dist.metrics.memory import memory_tags
+from ii_dist.optim import learning_rate
+from ii_dist.runtime import Watchdog, World
+from ii_dist.runtime.stop import StopVote
+from ii_dist.train.evaluate import evaluate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(slots=True)
+class Results:
+    """Evaluation results of the run so far; travels in the checkpoint."""
+
+    evaluated_step: int = 0
+    top1: float | None = None
+    top5: float | None = None
+    best_top1: float | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class Session:
+    """Everything that the loop works with on one rank. Every rank calls its methods at the same steps."""
+
+    cfg: RunConfig
+    plan: Plan
+    world: World
+    folder: RunFolder
+    device: torch.device
+    engine: Engine
+    train_source: BatchSource
+    eval_source: BatchSource
+    means: RunningMeans
+    clock: StepClock
+    board: Board
+    saver: Saver
+    watchdog: Watchdog
+    ballot: StopVote
+    results: Results
+    saved_step: int = 0
+    stopping: bool = False
+
+    def vote(self) -> None:
+        """Learn whether any rank was asked to stop."""
+        self.stopping = self.ballot.cast() or self.engine.step == self.cfg.train.stop_after_steps
+
+    def log_is_due(self) -> bool:
+        step = self.engine.step
+        return step % self.plan.log_every_steps == 0 or step == self.plan.total_steps or self.stopping
+
+    def evaluation_is_due(self) -> bool:
+        step = self.engine.step
+        due = step > 0 and (step % self.plan.eval_every_steps == 0 or step == self.plan.total_steps)
+        return due and self.results.evaluated_step != step
+
+    def save_is_due(self) -> bool:
+        step = self.engine.step
+        regular = any(step % every == 0 for every in self.plan.save_every_steps)
+        return step != self.saved_step and (regular or step == self.plan.total_steps)
+
+    def log(self) -> None:
+        """Write the numbers since the last line; the one place that waits for the device."""
+        step, means = self.engine.step, self.means.read(reduce=True)
+        tags = train_tags(means) | self.clock.read().tags() | memory_tags(self.device)
+        tags["train/epoch"] = step / self.plan.steps_per_epoch
+        tags["train/learning_rate"] = learning_rate(step - 1, self.cfg.optim, self.plan)
+        self._report_saves(self.saver.poll(), tags)
+        self.board.write(step, tags)
+        limit = self.cfg.train.max_skipped_in_a_row
+        if means["skipped_in_row"] >= limit:
+            raise ConfigError(
+                f"step {step}: {means['skipped_in_row']:.0f} updates in a row were left out for a non-finite loss or "
+                f"gradient (train.max_skipped_in_a_row {limit}); lower optim.lr or lengthen optim.warmup_epochs, then "
+                "start again from the newest checkpoint"
+            )
+
+    def evaluate(self) -> None:
+        """Exact accuracy on the evaluation set; given up when the ranks agree to stop in the middle of it."""
+
+        def interrupted() -> bool:
+            self.watchdog.beat()
+            self.stopping = self.stopping or self.ballot.cast()
+            return self.stopping
+
+        started_s = time.monotonic()
+        with self.clock.pause():
+            means = evaluate(self.engine, self.eval_source, self.device, interrupted)
+        if means is None:
+            logger.info("evaluation of step %d given up to stop; it is made again on resume", self.engine.step)
+            return
+        best = max(means["top1"], self.results.best_top1 or 0.0)
+        self.results = Results(self.engine.step, means["top1"], means["top5"], best)
+        self.board.write(self.engine.step, eval_tags(means, time.monotonic() - started_s))
+
+    def save(self) -> None:
+        """Start saving this step in the background."""
+        with self.clock.saving():
+            state, position = self.engine.state(), self.train_source.position()
+            scalars = {"engine": state.scalars, "results": dataclasses.asdict(self.results)}
+            self.saver.save(self.engine.step, position.epoch, position.offset, state.tensors, scalars)
+        self.saved_step = self.engine.step
+
+    def finish(self) -> None:
+        """Wait for the last save. Raises CheckpointError if it failed: the run's end would be lost."""
+        tags: dict[str, float] = {}
+        results = self.saver.wait()
+        self._report_saves(results, tags)
+        if tags:
+            self.board.write(self.engine.step, tags)
+        if results and not results[-1].ok:
+            raise CheckpointError(results[-1].message)
+
+    def _report_saves(self, results: list[SaveResult], tags: dict[str, float]) -> None:
+        for result in results:
+            if result.message:
+                logger.log(logging.WARNING if result.ok else logging.ERROR, "%s", result.message)
+            if result.late_s > 0.01:
+                logger.warning("step %d: waited %.2f s for the save before it", result.step, result.late_s)
+            if result.ok:
+                tags |= {"checkpoint/bytes": float(result.bytes), "checkpoint/seconds": result.seconds}
