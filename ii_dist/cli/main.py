@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ii_dist
-from ii_dist.config import Plan, RunConfig, UserError, data_facts, dump_config, load_config, make_plan
+from ii_dist.config import Plan, RunConfig, UserError, data_facts, dump_config, load_config, make_plan, ranks_on_a_node
 from ii_dist.config.errors import EXIT_DONE, DataError
 from ii_dist.runtime import World, this_process
 
@@ -104,7 +104,7 @@ def _checked_plan(cfg: RunConfig, world: World) -> Plan:
 def _show(args: argparse.Namespace) -> int:
     cfg = load_config(args.config, args.overrides)
     print(dump_config(cfg), end="")
-    world_size = args.ranks or cfg.launch.nodes * _ranks_per_node(cfg)
+    world_size = args.ranks or cfg.launch.nodes * ranks_on_a_node(cfg, this_process().gpus)
     try:
         facts = data_facts(cfg.data)
     except DataError as error:
@@ -114,9 +114,3 @@ def _show(args: argparse.Namespace) -> int:
     for key, value in dataclasses.asdict(make_plan(cfg, world_size, facts)).items():
         print(f"  {key}: {list(value) if isinstance(value, tuple) else value}")
     return EXIT_DONE
-
-
-def _ranks_per_node(cfg: RunConfig) -> int:
-    if cfg.launch.ranks_per_node != "auto":
-        return cfg.launch.ranks_per_node
-    return cfg.launch.gpus_per_node or this_process().gpus or cfg.launch.cpu_ranks_per_node

@@ -9,7 +9,7 @@ from ii_dist.config.errors import CheckpointError, ClusterError, ConfigError, Da
 from ii_dist.config.facts import data_facts
 from ii_dist.config.index_header import IndexHeader, read_index_header
 from ii_dist.config.load import dump_config, load_config
-from ii_dist.config.machine import gpu_count
+from ii_dist.config.machine import gpu_count, ranks_on_a_node
 from ii_dist.config.plan import DataFacts, Plan, make_plan
 from ii_dist.config.run_folder import RunFolder
 from ii_dist.config.schema import (
@@ -50,6 +50,7 @@ __all__ = [
     "gpu_count",
     "load_config",
     "make_plan",
+    "ranks_on_a_node",
     "read_index_header",
     "recipe_differences",
 ]

@@ -17,7 +17,8 @@ class Shape:
 
     planes: width of the 3x3 convolutions of each stage; expansion: block output channels / planes;
     small_images: 3x3 stem of stride 1 without max-pool, for images of about 32x32;
-    fold_width: columns of a folded gate's image where nothing else is asked for.
+    fold_width, gate_reduction: columns of a folded gate's image, channels / hidden units of a gate, where nothing
+    else is asked for. Few channels need a small reduction: a gate of one hidden unit may be born dead.
     """
 
     block: Literal["basic", "bottleneck"]
@@ -25,6 +26,7 @@ class Shape:
     planes: tuple[int, ...] = (64, 128, 256, 512)
     small_images: bool = False
     fold_width: int = 16
+    gate_reduction: int = 16
 
     @property
     def expansion(self) -> int:
@@ -42,7 +44,7 @@ NETWORKS: dict[str, Shape] = {
     "ini_resnet50": Shape("bottleneck", (3, 4, 6, 3)),
     "ini_resnet101": Shape("bottleneck", (3, 4, 23, 3)),
     "ini_resnet152": Shape("bottleneck", (3, 8, 36, 3)),
-    "ini_resnet20": Shape("basic", (3, 3, 3), planes=(16, 32, 64), small_images=True, fold_width=8),
+    "ini_resnet20": Shape("basic", (3, 3, 3), planes=(16, 32, 64), small_images=True, fold_width=8, gate_reduction=4),
 }
 
 

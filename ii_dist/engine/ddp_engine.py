@@ -62,7 +62,7 @@ class DDPEngine:
             self._network = DistributedDataParallel(
                 self._module,
                 device_ids=[parts.device.index] if parts.device.type == "cuda" else None,
-                broadcast_buffers=False,  # rank 0's running statistics are sent when they are read, not each step
+                forward_sync_buffers=False,  # rank 0's running statistics are sent when they are read, not each step
                 gradient_as_bucket_view=True,
             )
             self._warm_up()

@@ -30,12 +30,15 @@ class World:
     attempt: int = 0
     gpus: int = 0
     """GPUs that this process may use."""
+    threads: int = 0
+    """OMP_NUM_THREADS, which a launcher or a user may have set; 0 = not set."""
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], gpus: int = 0) -> "World":
         """Read RANK, WORLD_SIZE, ... (torchrun's names). Without RANK: one rank. Raises ClusterError on nonsense."""
+        threads = _number(environ, "OMP_NUM_THREADS", 0)
         if "RANK" not in environ and "WORLD_SIZE" not in environ:
-            return cls(job=environ.get("II_DIST_JOB", "local"), gpus=gpus)
+            return cls(job=environ.get("II_DIST_JOB", "local"), gpus=gpus, threads=threads)
         world_size = _number(environ, "WORLD_SIZE", None)
         local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size)
         world = cls(
@@ -50,6 +53,7 @@ class World:
             job=environ.get("II_DIST_JOB") or environ.get("TORCHELASTIC_RUN_ID", "local"),
             attempt=_number(environ, "II_DIST_ATTEMPT", 0),
             gpus=gpus,
+            threads=threads,
         )
         if not 0 <= world.rank < world.world_size or not 0 <= world.local_rank < world.local_world_size:
             raise ClusterError(

@@ -103,7 +103,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = Fa
 def join(cfg: RunConfig, world: World, stack: contextlib.ExitStack) -> torch.device:
     """Threads, device, process group."""
     device = pick_device(world, cfg.engine.device)
-    if device.type == "cpu":
+    if device.type == "cpu" and not world.threads:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
     if cfg.engine.deterministic:
         torch.use_deterministic_algorithms(True)

@@ -71,4 +71,5 @@ def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
         other.kill()
         other.wait()
         assert finish(processes) == [0]
-    assert f"SAID rendezvous: port {port} on {socket.gethostname()} is in use; set launch.master_port" in output(tmp_path)
+    said = f"SAID rendezvous: port {port} on {socket.gethostname()} is in use; set launch.master_port"
+    assert said in output(tmp_path)

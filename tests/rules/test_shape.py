@@ -94,9 +94,9 @@ def test_each_third_party_is_known_to_one_place(library: str) -> None:
 def test_public_names_are_listed_and_sorted(name: str) -> None:
     module = importlib.import_module(name)
     assert module.__doc__, f"{name} has no docstring"
-    assert list(module.__all__) == sorted(module.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n)) or list(
-        module.__all__
-    ) == sorted(module.__all__)
+    assert list(module.__all__) == sorted(
+        module.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n)
+    ) or list(module.__all__) == sorted(module.__all__)
     for public in module.__all__:
         assert getattr(module, public) is not None
 

@@ -1,0 +1,94 @@
+"""IMAGES: what the data set is, in which order, cut how, and the batches of one rank.
+
+In: a `DataConfig`, a `Plan`, a `World`, a seed. Out: a `BatchSource`: normalized float32 batches on the rank's device.
+
+    index, scan     the index file: the only thing that says what the data set is; building it from a folder
+    counter         random bits as a pure function of integers
+    order           the permutation of an epoch; positions: which part of it a rank's n-th batch takes
+    augment         crop windows and flips; evaluation windows
+    source          Batch, Position, BatchSource and what a producer is told
+    dali            the DALI pipeline, on CPU and GPU; torch_reader: PIL in threads; synthetic: no files
+    ahead           threads that work ahead, in order
+
+Images are a pure function of (seed, epoch, index row), and rows one of (seed, epoch, position): the number of ranks,
+threads and prefetched batches changes nothing. Importing this package imports no torch.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ii_dist.config.errors import ConfigError, DataError
+from ii_dist.config.plan import Plan
+from ii_dist.config.schema import DataConfig
+from ii_dist.data.index import Index, Row, check_files, write_index
+from ii_dist.data.positions import EvalSchedule, Position, Schedule, TrainSchedule
+from ii_dist.data.scan import build_index
+from ii_dist.data.source import Batch, BatchSource, NumberedSource, Producer, Request
+from ii_dist.runtime.world import World
+
+__all__ = [
+    "SOURCES",
+    "Batch",
+    "BatchSource",
+    "Index",
+    "Position",
+    "Row",
+    "build_index",
+    "check_files",
+    "make_eval_source",
+    "make_train_source",
+    "write_index",
+]
+
+SOURCES: dict[str, str] = {
+    "dali": "ii_dist.data.dali:DaliProducer",
+    "torch": "ii_dist.data.torch_reader:TorchProducer",
+    "synthetic": "ii_dist.data.synthetic:SyntheticProducer",
+}
+"""Name of a source -> its producer, imported only when it is asked for."""
+
+
+def make_train_source(
+    cfg: DataConfig, plan: Plan, world: World, seed: int, device: str, channels_last: bool
+) -> BatchSource:
+    """Endless micro-batches of this rank. Raises ConfigError, DataError, ClusterError before any image is read."""
+    index = _open_index(cfg, "train", plan.train_images, plan.num_classes, world)
+    schedule = TrainSchedule(plan, world.rank, seed)
+    return _make(Request(cfg, schedule, True, seed, device, channels_last, _threads(cfg, world), index))
+
+
+def make_eval_source(
+    cfg: DataConfig, plan: Plan, world: World, seed: int, device: str, channels_last: bool, eval_batch_per_rank: int
+) -> BatchSource:
+    """One pass over the evaluation images for each `iter`; padding carries weight 0. `seed`: for synthetic only."""
+    index = _open_index(cfg, "val", plan.eval_images, plan.num_classes, world)
+    schedule: Schedule = EvalSchedule(plan, world.rank, eval_batch_per_rank)
+    return _make(Request(cfg, schedule, False, seed, device, channels_last, _threads(cfg, world), index))
+
+
+def _make(request: Request) -> BatchSource:
+    if request.cfg.source not in SOURCES:
+        raise ConfigError(f"data.source {request.cfg.source!r}: is not one of {', '.join(SOURCES)}")
+    module, name = SOURCES[request.cfg.source].split(":")
+    producer: Callable[[Request], Producer] = getattr(importlib.import_module(module), name)
+    return NumberedSource(request.schedule, producer(request))
+
+
+def _open_index(cfg: DataConfig, split: str, images: int, num_classes: int, world: World) -> Index | None:
+    """The split's index, checked against the plan and, this rank's share of it, against the disk."""
+    if cfg.source == "synthetic":
+        return None
+    index = Index.open(Path(cfg.root) / f"{split}.index")
+    if (len(index), len(index.classes)) != (images, num_classes):
+        raise DataError(
+            f"{index.path}: {len(index)} images of {len(index.classes)} classes, but the run was planned for {images} "
+            f"of {num_classes}; the data set changed, or the two splits have different classes"
+        )
+    check_files(index, part=world.rank, parts=world.world_size)
+    return index
+
+
+def _threads(cfg: DataConfig, world: World) -> int:
+    return cfg.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // world.local_world_size)

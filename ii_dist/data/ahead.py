@@ -1,0 +1,79 @@
+"""Makes numbered items in order, a few ahead of their use, in threads.
+
+Threads, not processes: reading, decoding and resizing all release the interpreter lock, nothing is copied between
+processes, signals reach only the main thread, and no worker can outlive its rank.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Ahead(Generic[Item]):
+    """Calls ``make(first)``, ``make(first + 1)``, ... in one thread of its own, at most `depth` items ahead."""
+
+    def __init__(self, make: Callable[[int], Item], first: int, depth: int) -> None:
+        self._make, self._first = make, first
+        self._free_places = threading.Semaphore(depth)
+        self._made: queue.SimpleQueue[Item | BaseException] = queue.SimpleQueue()
+        self._closed = False
+        # A daemon: an error in the main thread ends the process without waiting for a `close` that never comes.
+        self._thread = threading.Thread(target=self._run, name="data-ahead", daemon=True)
+        self._thread.start()
+
+    def next(self) -> Item:
+        """The next item, in order. What `make` raised is raised here, and again by every later call."""
+        item = self._made.get()
+        if isinstance(item, BaseException):
+            self._made.put(item)
+            raise item
+        self._free_places.release()
+        return item
+
+    def close(self) -> None:
+        """Stop after the item in the making and wait for that."""
+        self._closed = True
+        self._free_places.release()
+        self._thread.join()
+
+    def _run(self) -> None:
+        number = self._first
+        while True:
+            self._free_places.acquire()
+            if self._closed:
+                return
+            try:
+                self._made.put(self._make(number))
+            except BaseException as error:  # the border of this thread: `next` raises it in the thread that waits
+                self._made.put(error)
+                return
+            number += 1
+
+
+class Chunks:
+    """Does a job for 0 .. count-1 in equal runs, one a thread; returns when all are done."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="data-read") if threads > 1 else None
+
+    def each(self, job: Callable[[int], None], count: int) -> None:
+        if self._pool is None:
+            _run_through(job, range(count))
+            return
+        runs = [range(count * i // self._threads, count * (i + 1) // self._threads) for i in range(self._threads)]
+        for done in [self._pool.submit(_run_through, job, run) for run in runs if run]:
+            done.result()
+
+    def close(self) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _run_through(job: Callable[[int], None], run: Sequence[int]) -> None:
+    for i in run:
+        job(i)

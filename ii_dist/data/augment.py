@@ -1,0 +1,127 @@
+"""Random and fixed windows of images as pure functions.
+
+In: seed, epoch, index rows and image sizes. Out: crop windows and flips for training; resize and crop sizes for
+evaluation. The readers execute these and draw nothing themselves.
+
+Semantics are torchvision's: RandomResizedCrop (ten tries of an area and a width/height ratio, then the largest centre
+window of an allowed ratio), RandomHorizontalFlip, Resize(shorter side) + CenterCrop. All of it uses only operations
+that IEEE 754 rounds exactly (+ - * / sqrt), never the machine's exp or log, so that mixed machines agree bit by bit.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ii_dist.config.schema import AugmentConfig
+from ii_dist.data.counter import key, uniform
+
+I32 = NDArray[np.int32]
+F64 = NDArray[np.float64]
+
+TRIES = 10
+# Streams keep the kinds of draws apart; numbers are part of what a seed means and never change.
+CROP_STREAM, FLIP_STREAM = 1, 2
+_DRAWS = 256  # places for draws of one image in one stream
+
+
+@dataclass(frozen=True, slots=True)
+class TrainWindows:
+    """What happens to each image of a training batch: cut a window (pixels), resize it, perhaps flip it."""
+
+    x_N: I32
+    y_N: I32
+    width_N: I32
+    height_N: I32
+    flip_N: I32
+
+
+@dataclass(frozen=True, slots=True)
+class EvalWindows:
+    """What happens to each image of an evaluation batch: resize it whole, cut a square at (x, y)."""
+
+    resized_width_N: I32
+    resized_height_N: I32
+    x_N: I32
+    y_N: I32
+
+
+def train_windows(
+    seed: int, epoch: int, index_N: NDArray[np.int64], width_N: I32, height_N: I32, cfg: AugmentConfig
+) -> TrainWindows:
+    """Crop windows and flips of images `index_N` in `epoch`."""
+    x_N, y_N, w_N, h_N = crop_windows(seed, epoch, index_N, width_N, height_N, cfg)
+    return TrainWindows(x_N, y_N, w_N, h_N, flips(seed, epoch, index_N, cfg))
+
+
+def crop_windows(
+    seed: int, epoch: int, index_N: NDArray[np.int64], width_N: I32, height_N: I32, cfg: AugmentConfig
+) -> tuple[I32, I32, I32, I32]:
+    """Left, top, width, height of each window, pixels inside the image."""
+    draw_TDN = _draws(seed, epoch, CROP_STREAM, index_N, TRIES * 4).reshape(TRIES, 4, -1)
+    area_TN = _between(draw_TDN[:, 0], *cfg.crop_scale) * (width_N.astype(np.float64) * height_N)
+    ratio_TN = _exp(_between(draw_TDN[:, 1], _log(cfg.crop_ratio[0]), _log(cfg.crop_ratio[1])))
+    w_TN = np.rint(np.sqrt(area_TN * ratio_TN))
+    h_TN = np.rint(np.sqrt(area_TN / ratio_TN))
+    fits_TN = (w_TN > 0) & (w_TN <= width_N) & (h_TN > 0) & (h_TN <= height_N)
+    first_N, column_N = fits_TN.argmax(axis=0), np.arange(len(index_N))
+    w_N, h_N = w_TN[first_N, column_N], h_TN[first_N, column_N]
+    x_N = np.floor(draw_TDN[first_N, 2, column_N] * (width_N - w_N + 1))
+    y_N = np.floor(draw_TDN[first_N, 3, column_N] * (height_N - h_N + 1))
+    centre = _centre_windows(width_N, height_N, cfg)
+    found_N = fits_TN.any(axis=0)
+    x_N, y_N, w_N, h_N = (np.where(found_N, a, b) for a, b in zip((x_N, y_N, w_N, h_N), centre, strict=True))
+    return x_N.astype(np.int32), y_N.astype(np.int32), w_N.astype(np.int32), h_N.astype(np.int32)
+
+
+def flips(seed: int, epoch: int, index_N: NDArray[np.int64], cfg: AugmentConfig) -> I32:
+    """1 where the image is mirrored left to right, else 0."""
+    flip_N: I32 = (_draws(seed, epoch, FLIP_STREAM, index_N, 1)[0] < cfg.flip).astype(np.int32)
+    return flip_N
+
+
+def eval_windows(width_N: I32, height_N: I32, resize: int, crop: int) -> EvalWindows:
+    """Sizes after the shorter side became `resize`, and the corner of the centre square of side `crop`, pixels."""
+    width, height = width_N.astype(np.int64), height_N.astype(np.int64)
+    # The longer side is cut to whole pixels, the margins are rounded half to even: as torchvision does.
+    w_N = np.where(width <= height, resize, resize * width // height)
+    h_N = np.where(height <= width, resize, resize * height // width)
+    x_N, y_N = np.rint((w_N - crop) / 2), np.rint((h_N - crop) / 2)
+    return EvalWindows(w_N.astype(np.int32), h_N.astype(np.int32), x_N.astype(np.int32), y_N.astype(np.int32))
+
+
+def _draws(seed: int, epoch: int, stream: int, index_N: NDArray[np.int64], count: int) -> F64:
+    """`count` x N uniform numbers; row d belongs to draw d of the image, whatever else stands in the batch."""
+    counter = index_N.astype(np.uint64) * np.uint64(_DRAWS) + np.arange(count, dtype=np.uint64)[:, None]
+    return uniform(key(seed, epoch, stream), counter)
+
+
+def _centre_windows(width_N: I32, height_N: I32, cfg: AugmentConfig) -> tuple[F64, F64, F64, F64]:
+    smallest, largest = cfg.crop_ratio
+    width, height = width_N.astype(np.float64), height_N.astype(np.float64)
+    ratio = width / height
+    w_N = np.where(ratio > largest, np.rint(height * largest), width)
+    h_N = np.where(ratio < smallest, np.rint(width / smallest), height)
+    w_N, h_N = np.maximum(w_N, 1), np.maximum(h_N, 1)
+    return (width - w_N) // 2, (height - h_N) // 2, w_N, h_N
+
+
+def _between(draw: F64, low: float, high: float) -> F64:
+    return low + draw * (high - low)
+
+
+def _exp(x: F64) -> F64:
+    """e^x to 13 digits for |x| up to 8: a short series at x/1024, squared ten times."""
+    y = x / 1024
+    y = 1 + y * (1 + y / 2 * (1 + y / 3 * (1 + y / 4 * (1 + y / 5))))
+    for _ in range(10):
+        y = y * y
+    return y
+
+
+def _log(x: float) -> float:
+    """The inverse of `_exp` by Newton's rule."""
+    y = 0.0
+    for _ in range(64):
+        y += x / float(_exp(np.float64(y))) - 1  # type: ignore[arg-type]  # a scalar is an array of no axes
+    return y

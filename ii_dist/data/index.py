@@ -1,0 +1,228 @@
+"""The index: one file a split, the only thing that says what the data set is.
+
+In: rows (path or place in a shard, bytes, label, width, height, sha256) from `ii_dist.data.scan`. Out: a file in the
+safetensors layout (any safetensors reader opens it) and `Index`, which maps its columns without copying them. The
+header is read by `ii_dist.config.index_header`. Columns, N rows:
+
+    path_offsets int64 N+1, path_bytes uint8    path of row i: bytes path_offsets[i] .. path_offsets[i+1], UTF-8
+    shard int32 N, offset int64 N               -1, 0: a file of its own; else place in metadata's shards[shard]
+    length int64 N                              bytes of the encoded image
+    label, width, height int32 N                class; pixels as stored (no EXIF turn)
+    sha256 uint8 N x 32                         of the encoded image
+"""
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ii_dist.config.errors import DataError
+from ii_dist.config.index_header import INDEX_FORMAT, INDEX_VERSION, IndexHeader, read_index_header
+
+# name -> (safetensors type, numpy type, shape after N). Wide types first: each column starts at a multiple of its size.
+_COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
+    "path_offsets": ("I64", "<i8", ()),
+    "offset": ("I64", "<i8", ()),
+    "length": ("I64", "<i8", ()),
+    "shard": ("I32", "<i4", ()),
+    "label": ("I32", "<i4", ()),
+    "width": ("I32", "<i4", ()),
+    "height": ("I32", "<i4", ()),
+    "sha256": ("U8", "u1", (32,)),
+    "path_bytes": ("U8", "u1", ()),
+}
+_CHECK_ALL_UP_TO = 2000
+_AGAIN = "make the index again with: python -m tools.index_dataset"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One image as the index describes it. `path` is relative to the images' folder, with '/' between parts."""
+
+    path: str
+    label: int
+    width: int
+    height: int
+    length: int
+    sha256: bytes
+    shard: int = -1
+    offset: int = 0
+
+
+class Index:
+    """A mapped index. Column arrays are read-only views of the file: they cost no memory until they are touched."""
+
+    def __init__(self, path: Path, header: IndexHeader, columns: dict[str, NDArray[np.generic]]) -> None:
+        self.path, self.header = path, header
+        self.folder = path.parent / header.root
+        self._folder_text = str(self.folder)
+        self.label: NDArray[np.int32] = columns["label"]  # type: ignore[assignment]  # the layout fixes these types
+        self.width: NDArray[np.int32] = columns["width"]  # type: ignore[assignment]
+        self.height: NDArray[np.int32] = columns["height"]  # type: ignore[assignment]
+        self.length: NDArray[np.int64] = columns["length"]  # type: ignore[assignment]
+        self.sha256: NDArray[np.uint8] = columns["sha256"]  # type: ignore[assignment]
+        self._shard, self._offset = columns["shard"], columns["offset"]
+        self._path_offsets, self._path_bytes = columns["path_offsets"], columns["path_bytes"]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Index":
+        """Map an index. Raises DataError for a file that is missing, damaged, empty, or has labels out of range."""
+        path = Path(path)
+        header = read_index_header(path)
+        if header.images < 1:
+            raise DataError(f"{path}: the index is empty; {_AGAIN}")
+        columns = _map_columns(path, header)
+        index = cls(path, header, columns)
+        low, high, classes = int(index.label.min()), int(index.label.max()), len(header.classes)
+        if low < 0 or high >= classes:
+            row = int(np.flatnonzero((index.label < 0) | (index.label >= classes))[0])
+            raise DataError(
+                f"{path}: label {index.label[row]} of {index.name(row)} is not among its {classes} classes; {_AGAIN}"
+            )
+        if min(int(index.width.min()), int(index.height.min()), int(index.length.min())) < 1:
+            raise DataError(f"{path}: an image of no size; {_AGAIN}")
+        return index
+
+    def __len__(self) -> int:
+        return self.header.images
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.header.classes
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 that stands for the whole content; computed when the index was written, so it costs nothing."""
+        return self.header.sha256
+
+    def name(self, row: int) -> str:
+        """The row's path as it stands in the index."""
+        first, last = self._path_offsets[row : row + 2]
+        return bytes(self._path_bytes[int(first) : int(last)]).decode()
+
+    def place(self, row: int) -> tuple[str, int]:
+        """Path of the file that holds the row's image, and the offset of its first byte."""
+        shard = int(self._shard[row])
+        name = self.name(row) if shard < 0 else self.header.shards[shard]
+        return f"{self._folder_text}/{name}", int(self._offset[row])
+
+    def read_bytes(self, row: int) -> NDArray[np.uint8]:
+        """The encoded image. Raises DataError, naming file and index, when it is missing or of another length."""
+        path, offset = self.place(row)
+        length = int(self.length[row])
+        alone = int(self._shard[row]) < 0
+        # One byte more than indexed: a file that grew is noticed without asking for its size.
+        buffer = np.empty(length + alone, dtype=np.uint8)
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                found = os.preadv(file, [buffer.data], offset)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise DataError(f"{path}: named by {self.path}, cannot be read ({error.strerror}); {_AGAIN}") from None
+        if found != length:
+            raise DataError(f"{path}: has not the {length} bytes that {self.path} says; {_AGAIN}")
+        return buffer[:length]
+
+
+def check_files(index: Index, part: int = 0, parts: int = 1) -> None:
+    """Look whether indexed files exist: all of a small index, an even sample of a large one. Raises DataError.
+
+    part, parts: look at one of so many equal shares, so that all ranks together look once.
+    """
+    stride = -(-len(index) // _CHECK_ALL_UP_TO)
+    rows = range(part * stride, len(index), parts * stride)
+    missing = [row for row in rows if not Path(index.place(row)[0]).is_file()]
+    if missing:
+        raise DataError(
+            f"{index.place(missing[0])[0]}: named by {index.path}, does not exist "
+            f"({len(missing)} of {len(rows)} files looked for are missing); {_AGAIN}"
+        )
+
+
+def write_index(
+    path: str | Path, rows: Sequence[Row], classes: Sequence[str], *, root: str = ".", shards: Sequence[str] = ()
+) -> str:
+    """Write an index whole or not at all (temporary file, fsync, rename); returns its digest.
+
+    root: the images' folder, relative to the index's or absolute.
+    """
+    path = Path(path)
+    if not rows:
+        raise DataError(f"{path}: no images to index")
+    columns = _columns_of(rows)
+    about = {
+        "format": INDEX_FORMAT,
+        "version": INDEX_VERSION,
+        "images": str(len(rows)),
+        "classes": json.dumps(list(classes)),
+        "shards": json.dumps(list(shards)),
+    }
+    # The root stays out: the same images at another place are the same data set.
+    content = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    header: dict[str, object] = {}
+    start = 0
+    for name, (type_name, _, _) in _COLUMNS.items():
+        column = columns[name]
+        content.update(column.data)
+        header[name] = {"dtype": type_name, "shape": list(column.shape), "data_offsets": [start, start + column.nbytes]}
+        start += column.nbytes
+    text = json.dumps({"__metadata__": {**about, "root": root, "sha256": content.hexdigest()}, **header}).encode()
+    text += b" " * (-len(text) % 8)  # the columns start at a multiple of 8
+    _write_atomic(path, [len(text).to_bytes(8, "little"), text, *(columns[name].data for name in _COLUMNS)])
+    return content.hexdigest()
+
+
+def _columns_of(rows: Sequence[Row]) -> dict[str, NDArray[np.generic]]:
+    paths = [row.path.encode() for row in rows]
+    columns: dict[str, NDArray[np.generic]] = {
+        "path_offsets": np.cumsum([0, *map(len, paths)], dtype=np.int64),
+        "path_bytes": np.frombuffer(b"".join(paths), dtype=np.uint8),
+        "sha256": np.frombuffer(b"".join(row.sha256 for row in rows), dtype=np.uint8).reshape(len(rows), 32),
+    }
+    for name in ("offset", "length", "shard", "label", "width", "height"):
+        columns[name] = np.array([getattr(row, name) for row in rows], dtype=_COLUMNS[name][1])
+    return columns
+
+
+def _write_atomic(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"{path}: cannot write the index ({error.strerror})") from None
+
+
+def _map_columns(path: Path, header: IndexHeader) -> dict[str, NDArray[np.generic]]:
+    """Read-only arrays over the mapped file. Raises DataError where a column is not as the layout says."""
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    columns: dict[str, NDArray[np.generic]] = {}
+    for name, (type_name, numpy_type, tail) in _COLUMNS.items():
+        found = header.columns.get(name)
+        length = header.images + (name == "path_offsets")
+        if found is None or found.dtype != type_name or (name != "path_bytes" and found.shape != (length, *tail)):
+            raise DataError(f"{path}: damaged index, column {name} is not as its version says; {_AGAIN}")
+        count = int(np.prod(found.shape))
+        if found.end - found.start != count * np.dtype(numpy_type).itemsize:
+            raise DataError(f"{path}: damaged index, column {name} has not its {count} values; {_AGAIN}")
+        columns[name] = np.frombuffer(content, numpy_type, count, found.start).reshape(found.shape)
+    return columns

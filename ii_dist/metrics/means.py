@@ -1,0 +1,96 @@
+"""Sums on the device, means on the host: what the steps since the last line came to.
+
+In: one mapping of 0-dim device tensors a step. Out: plain floats from `RunningMeans.read`, the only place that waits
+for the device. `train_tags` and `eval_tags` name them as the table of tags does.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TRAIN_SUMS = ("loss", "images", "top1", "top5", "grad_norm", "skipped")
+"""What a training step hands over: loss = sum over its images, top1 and top5 = images that were right, grad_norm =
+norm over all ranks, skipped = 1 for an update left out (on all ranks together), else 0."""
+TRAIN_MAXIMA = ("skipped_in_row",)
+EVAL_SUMS = ("loss", "images", "top1", "top5")
+
+_OVER_IMAGES = {"loss": 1.0, "top1": 100.0, "top5": 100.0}  # name -> scale of its mean; accuracies are per cent
+
+
+class RunningMeans:
+    """Sums and maxima over steps, in float64 on `device`.
+
+    A step with skipped > 0 counts as a step and a skipped update only: its loss is not a number that a mean survives.
+    """
+
+    def __init__(
+        self, device: torch.device | str, sums: Sequence[str] = TRAIN_SUMS, maxima: Sequence[str] = TRAIN_MAXIMA
+    ) -> None:
+        self._names = (*sums, "steps")
+        self._maxima = tuple(maxima)
+        self._device = torch.device(device)
+        self._one = torch.ones((), dtype=torch.float32, device=self._device)
+        self._skips = "skipped" in sums
+        lone = [float(name in ("skipped", "steps")) for name in self._names]
+        self._skipped_row = torch.tensor(lone, dtype=torch.float32, device=self._device)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps = 0
+        self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
+        self._tops = torch.zeros(len(self._maxima), dtype=torch.float64, device=self._device)
+
+    @torch.no_grad()
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add one step's 0-dim tensors (keys besides the sums and maxima are ignored). Waits for nothing.
+
+        float32 throughout is quickest: tensors of one dtype are stacked by one kernel.
+        """
+        row = torch.stack([*(values[name] for name in self._names[:-1]), self._one])
+        if self._skips:
+            row = torch.where(values["skipped"] > 0, self._skipped_row, row)
+        self._sums += row
+        if self._maxima:
+            self._tops = torch.maximum(self._tops, torch.stack([values[name] for name in self._maxima]))
+        self._steps += 1
+
+    def read(self, *, reduce: bool = False) -> dict[str, float]:
+        """Wait for the device, return what was added since the last read, and start again.
+
+        reduce=True adds up all ranks first (collective: one all-reduce). Means over no image are NaN. Maxima are those
+        of this rank: what they count, the ranks decide together.
+        """
+        steps_here = self._steps
+        if reduce and dist.is_initialized():
+            dist.all_reduce(self._sums)
+        numbers = torch.cat((self._sums, self._tops)).tolist()  # the wait
+        self._reset()
+        found = dict(zip((*self._names, *self._maxima), numbers, strict=True))
+        ranks = found["steps"] / steps_here if steps_here else 1.0
+        means = {name: found[name] for name in self._maxima}
+        means |= {"steps": float(steps_here), "images": found["images"]}
+        means |= {n: scale * _ratio(found[n], found["images"]) for n, scale in _OVER_IMAGES.items() if n in found}
+        if self._skips:
+            means["skipped"] = found["skipped"] / ranks
+        if "grad_norm" in found:
+            means["grad_norm"] = _ratio(found["grad_norm"], found["steps"] - found.get("skipped", 0.0))
+        return means
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")
+
+
+def train_tags(means: Mapping[str, float]) -> dict[str, float]:
+    """The means of training steps under their tags."""
+    tags = {f"train/{name}": means[name] for name in ("loss", "top1", "top5", "grad_norm") if name in means}
+    if "skipped" in means:
+        tags["train/skipped_updates"] = means["skipped"]
+    return tags
+
+
+def eval_tags(means: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """The means of an evaluation that took `seconds`, under their tags."""
+    return {f"eval/{name}": means[name] for name in ("loss", "top1", "top5", "images")} | {"eval/seconds": seconds}

@@ -1,0 +1,70 @@
+"""Every number that the project writes: its tag, unit, how the values of several ranks become one, and what it says.
+
+In: nothing. Out: `TAGS`, which boards check what they are given against and reports take their units from, and
+`check_tags`. To add a number: one line here, and a writer.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Combine = Literal["mean", "sum", "max", "first"]
+"""first = the lowest rank that wrote it: the ranks had agreed on it before they wrote."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """One row of the table."""
+
+    name: str
+    unit: str
+    combine: Combine
+    says: str
+
+
+_ROWS = (
+    Tag(
+        "train/loss",
+        "nats",
+        "mean",
+        "Training loss, mean over the images since the last line; skipped updates left out.",
+    ),
+    Tag("train/top1", "%", "mean", "Training images whose likeliest class was right, since the last line."),
+    Tag("train/top5", "%", "mean", "Training images whose class was among the five likeliest, since the last line."),
+    Tag("train/learning_rate", "", "first", "Learning rate of this step."),
+    Tag(
+        "train/grad_norm", "", "first", "Global gradient norm before clipping, mean over the steps since the last line."
+    ),
+    Tag(
+        "train/skipped_updates",
+        "updates",
+        "first",
+        "Updates left out for a non-finite loss or gradient since the last line.",
+    ),
+    Tag("train/epoch", "epochs", "first", "Passes over the training images so far."),
+    Tag("eval/loss", "nats", "first", "Loss over the whole evaluation set."),
+    Tag("eval/top1", "%", "first", "Evaluation images whose likeliest class was right."),
+    Tag("eval/top5", "%", "first", "Evaluation images whose class was among the five likeliest."),
+    Tag("eval/images", "images", "first", "Images evaluated, each once."),
+    Tag("eval/seconds", "s", "max", "Wall time of the evaluation."),
+    Tag("throughput/images_per_s", "images/s", "first", "All ranks: training images over training wall time."),
+    Tag(
+        "throughput/images_per_s_rank", "images/s", "sum", "One rank: its training images over its training wall time."
+    ),
+    Tag("time/step_s", "s", "mean", "Wall time of a step, mean since the last line."),
+    Tag("time/step_p50_s", "s", "mean", "Wall time of a step, median since the last line."),
+    Tag("time/step_p99_s", "s", "max", "Wall time of a step, 99th percentile since the last line."),
+    Tag("time/data_wait_share", "share", "mean", "Share of the training wall time spent waiting for the next batch."),
+    Tag("time/checkpoint_stall_s", "s", "max", "Time that training stood still for saves since the last line."),
+    Tag("memory/rss_gib", "GiB", "max", "Memory that the process occupies on the host."),
+    Tag("memory/device_gib", "GiB", "max", "Largest memory that tensors occupied on the GPU so far."),
+    Tag("checkpoint/bytes", "bytes", "first", "Size of the committed step on disk, all shards."),
+    Tag("checkpoint/seconds", "s", "max", "From the copy to the commit, in the background."),
+)
+TAGS: dict[str, Tag] = {tag.name: tag for tag in _ROWS}
+
+
+def check_tags(names: Iterable[str]) -> None:
+    """Assert that every name stands in the table: a misspelt tag would become a curve that nobody finds."""
+    unknown = [name for name in names if name not in TAGS]
+    assert not unknown, f"not in metrics/tags.py: {', '.join(unknown)}"

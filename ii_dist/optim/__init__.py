@@ -1,0 +1,14 @@
+"""Parameter groups, optimizers, learning rates. Knows no ranks and no steps but the one it is asked for.
+
+In: a network, `OptimConfig`, `Plan`. Out: a torch optimizer; the rate of a step.
+
+    groups       which parameters are decayed
+    optimizers   table `OPTIMIZERS`
+    schedules    table `SCHEDULES`; `learning_rate(step, cfg, plan)` is pure
+"""
+
+from ii_dist.optim.groups import param_groups
+from ii_dist.optim.optimizers import OPTIMIZERS, make_optimizer, set_learning_rate
+from ii_dist.optim.schedules import SCHEDULES, learning_rate
+
+__all__ = ["OPTIMIZERS", "SCHEDULES", "learning_rate", "make_optimizer", "param_groups", "set_learning_rate"]

@@ -1,0 +1,89 @@
+"""What a submission writes into a run folder, and what it refuses to write over.
+
+In: a resolved config. Out: `config.yaml` (what every later job of the run reads) and a private folder for Submitit.
+"""
+
+import os
+import stat
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ii_dist.config import (
+    CheckpointError,
+    ClusterError,
+    ConfigError,
+    RunConfig,
+    RunFolder,
+    dump_config,
+    load_config,
+    recipe_differences,
+)
+
+SHOWN_KEYS = 6
+
+
+def run_folder(cfg: RunConfig) -> RunFolder:
+    return RunFolder((Path(cfg.runs_folder) / cfg.name).absolute())
+
+
+def prepare_run_folder(folder: RunFolder, cfg: RunConfig, new_config: bool) -> str:
+    """Write `config.yaml`; return a line on what changed, or "".
+
+    Raises ConfigError where the folder belongs to a run with another recipe (unless `new_config`, which keeps the old
+    file beside the new one), CheckpointError where the folder cannot be written.
+    """
+    text = dump_config(cfg)
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        before = folder.config.read_text(encoding="utf-8") if folder.config.exists() else None
+        if before == text:
+            return ""
+        said = ""
+        if before is not None:
+            said = _accept_change(folder, cfg, new_config)
+        _replace_text(folder.config, text)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or folder.root}: cannot be written ({error.strerror}); mend that or set runs_folder"
+        ) from None
+    return said
+
+
+def private_folder(path: Path) -> Path:
+    """Make `path` a folder of ours that nobody else may enter: what Submitit puts there is code to the next reader."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        status = path.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            raise ClusterError(f"{path}: is a link or belongs to somebody else; remove it or set runs_folder")
+        if stat.S_IMODE(status.st_mode) != 0o700:
+            path.chmod(0o700)
+    except OSError as error:
+        raise ClusterError(f"{path}: cannot be made private ({error.strerror}); set runs_folder elsewhere") from None
+    return path
+
+
+def _accept_change(folder: RunFolder, cfg: RunConfig, new_config: bool) -> str:
+    """Judge a config that differs from the run's; keep the old one where the recipe changes."""
+    if new_config:
+        kept = folder.root / f"config_before_{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.yaml"
+        os.link(folder.config, kept)
+        return f"{folder.config}: replaced; the old one is {kept.name}"
+    changed = recipe_differences(load_config(folder.config), cfg)
+    if changed:
+        more = f" and {len(changed) - SHOWN_KEYS} more" if len(changed) > SHOWN_KEYS else ""
+        raise ConfigError(
+            f"{folder.config}: this run has other settings ({'; '.join(changed[:SHOWN_KEYS])}{more});"
+            " restore them, use another name=..., or go on with --new-config"
+        )
+    return f"{folder.config}: rewritten; what differs does not change the training"
+
+
+def _replace_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

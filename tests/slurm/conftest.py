@@ -1,0 +1,62 @@
+"""A real SLURM of two nodes on this machine, for the session. Skipped where it cannot run, but not in CI."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("slurm-cluster.sh")
+FOLDER = Path(f"/tmp/ii-dist-slurm-{os.getuid()}")
+"""Short, for sockets live in it, and fixed, so that what a killed session left behind is found and ended."""
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "unshare", "flock")
+SETTINGS = {
+    "SLURM_CLUSTER_DIR": str(FOLDER),
+    "SLURM_CLUSTER_NODES": "2",
+    "SLURM_CLUSTER_GPUS": "0",
+    "SLURM_CLUSTER_DB": "0",
+}
+
+
+def cluster(verb: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(SCRIPT), verb], env={**os.environ, **SETTINGS}, capture_output=True, text=True, timeout=120
+    )
+
+
+def give_up(reason: str) -> None:
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI must run the SLURM tests: {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[None]:
+    """SLURM_CONF points at a cluster of node1 and node2; one session at a time has it."""
+    if os.getuid() != 0:
+        give_up("a SLURM on this machine needs root")
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    if missing := [name for name in PROGRAMS if shutil.which(name, path=path) is None]:
+        give_up(f"{', '.join(missing)} not installed (apt-get install slurmctld slurmd slurm-client munge)")
+    with FOLDER.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cluster("down")
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        up = cluster("up")
+        if up.returncode:
+            cluster("down")
+            give_up(f"no SLURM can run here: {(up.stderr or up.stdout).strip()}")
+        before = os.environ.get("SLURM_CONF")
+        os.environ["SLURM_CONF"] = str(FOLDER / "etc" / "slurm.conf")
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["SLURM_CONF"]
+            else:
+                os.environ["SLURM_CONF"] = before
+            cluster("down")
+            shutil.rmtree(FOLDER, ignore_errors=True)

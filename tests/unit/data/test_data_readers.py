@@ -1,0 +1,283 @@
+"""The two readers of files: the right pixels, and one line that names a bad file."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from ii_dist.config import ClusterError, ConfigError, DataConfig, DataError
+from ii_dist.data import Batch, BatchSource, Index, Position, make_eval_source, make_train_source
+from ii_dist.data.augment import eval_windows, train_windows
+from ii_dist.runtime import World
+from tests.images import make_data_set, plan_of, run_config
+
+CLASSES, PER_CLASS, VAL_PER_CLASS = 2, 12, 5
+SEED = 3
+READERS = ("dali", "torch")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_data_set(tmp_path, CLASSES, PER_CLASS, VAL_PER_CLASS, (97, 75))
+
+
+def config(root: Path, source: str, **changes: object) -> DataConfig:
+    fields = {"image_size": 48, "eval_resize": 56, "eval_image_size": 48, "threads_per_rank": 2, **changes}
+    return DataConfig.model_validate({"source": source, "root": str(root), **fields})
+
+
+def train_source(cfg: DataConfig, batch: int = 6) -> BatchSource:
+    plan = plan_of(run_config(cfg, batch), 1, CLASSES * PER_CLASS, CLASSES * VAL_PER_CLASS, CLASSES)
+    return make_train_source(cfg, plan, World(), SEED, "cpu", False)
+
+
+def eval_source(cfg: DataConfig, batch: int = 4) -> BatchSource:
+    plan = plan_of(run_config(cfg, 6, 0, batch), 1, CLASSES * PER_CLASS, CLASSES * VAL_PER_CLASS, CLASSES)
+    return make_eval_source(cfg, plan, World(), SEED, "cpu", False, batch)
+
+
+def take(source: BatchSource, batches: int) -> list[Batch]:
+    found = list(islice(source, batches))
+    source.close()
+    return found
+
+
+def pixels(batch: Batch, cfg: DataConfig) -> NDArray[np.float64]:
+    """Back to 0..255, N x height x width x 3."""
+    mean, std = (np.array(v).reshape(1, 3, 1, 1) for v in (cfg.mean, cfg.std))
+    return ((batch.images_NCHW.numpy() * std + mean) * 255).transpose(0, 2, 3, 1)
+
+
+def by_hand(index: Index, row: int, epoch: int, cfg: DataConfig) -> NDArray[np.uint8]:
+    """One training image: cut, resize, flip, as torchvision's transforms on PIL images do."""
+    at = np.array([row])
+    cut = train_windows(SEED, epoch, at, index.width[at], index.height[at], cfg.augment)
+    box = (cut.x_N[0], cut.y_N[0], cut.x_N[0] + cut.width_N[0], cut.y_N[0] + cut.height_N[0])
+    with Image.open(index.place(row)[0]) as file:
+        image = file.convert("RGB").crop(tuple(map(int, box))).resize((cfg.image_size,) * 2, Image.Resampling.BILINEAR)
+    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if cut.flip_N[0] else image)
+
+
+@pytest.mark.parametrize(("source", "mean_difference", "largest"), [("torch", 1e-4, 1e-3), ("dali", 0.5, 6.0)])
+def test_training_images_are_those_cut_by_hand(root: Path, source: str, mean_difference: float, largest: float) -> None:
+    cfg, index = config(root, source), Index.open(root / "train.index")
+    batches = take(train_source(cfg), 6)
+    for step, batch in enumerate(batches):
+        expected = np.stack([by_hand(index, int(row), step // 4, cfg) for row in batch.index_N])
+        gap = np.abs(pixels(batch, cfg) - expected)
+        assert gap.mean() < mean_difference
+        assert gap.max() < largest
+        assert batch.labels_N.tolist() == [int(row) // PER_CLASS for row in batch.index_N]
+
+
+@pytest.mark.parametrize(("source", "mean_difference"), [("torch", 1e-4), ("dali", 0.5)])
+@pytest.mark.parametrize(("resize", "crop"), [(56, 48), (59, 48), (48, 48)])
+def test_evaluation_images_are_torchvisions(
+    root: Path, source: str, mean_difference: float, resize: int, crop: int
+) -> None:
+    cfg = config(root, source, eval_resize=resize, eval_image_size=crop)
+    index = Index.open(root / "val.index")
+    fit = eval_windows(index.width[:], index.height[:], resize, crop)
+    for batch in take(eval_source(cfg), 3):
+        found = pixels(batch, cfg)
+        for image, row in zip(found, batch.index_N.tolist(), strict=True):
+            with Image.open(index.place(row)[0]) as file:
+                size = int(fit.resized_width_N[row]), int(fit.resized_height_N[row])
+                whole = file.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+            x, y = int(fit.x_N[row]), int(fit.y_N[row])
+            gap = np.abs(image - np.asarray(whole.crop((x, y, x + crop, y + crop))))
+            assert gap.mean() < mean_difference  # one pixel aside it would be several
+
+
+@pytest.mark.parametrize("source", READERS)
+def test_odd_files_are_read_alike(root: Path, source: str) -> None:
+    """Grey, palette, transparent, CMYK and PNG content, an EXIF turn: as PIL's RGB, never turned."""
+    from ii_dist.data import build_index, write_index
+
+    files = sorted((root / "val").rglob("*.jpg"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(files[0]) as file:
+        picture = file.convert("RGB")
+    picture.convert("L").save(files[0], "JPEG")
+    picture.convert("CMYK").save(files[1], "JPEG")
+    picture.save(files[2], "JPEG", exif=exif)
+    picture.convert("RGBA").save(files[3], "PNG")
+    picture.save(files[4], "JPEG", progressive=True)
+    rows, classes = build_index(root / "val")
+    write_index(root / "val.index", rows, classes, root="val")
+    cfg = config(root, source)
+    batches = take(eval_source(cfg, batch=10), 1)
+    index = Index.open(root / "val.index")
+    assert (index.width[2], index.height[2]) == picture.size
+    fit = eval_windows(index.width[:5], index.height[:5], 56, 48)
+    for row in range(5):
+        with Image.open(files[row]) as file:
+            whole = file.convert("RGB").resize((int(fit.resized_width_N[row]), int(fit.resized_height_N[row])), 2)
+        x, y = int(fit.x_N[row]), int(fit.y_N[row])
+        gap = np.abs(pixels(batches[0], cfg)[row] - np.asarray(whole.crop((x, y, x + 48, y + 48))))
+        assert gap.mean() < 0.7
+
+
+def spoil(root: Path, place: int, content: bytes) -> Path:
+    """Give the image at training row `place` another content of the same length."""
+    path = sorted((root / "train").rglob("*.jpg"))[place]
+    path.write_bytes(content.ljust(path.stat().st_size, b"\0"))
+    return path
+
+
+@pytest.mark.parametrize("source", READERS)
+@pytest.mark.parametrize("content", [b"<html>not found</html>", b"GIF89a", b"", b"\xff\xd8\xff\xe0garbage"])
+def test_a_file_that_cannot_be_decoded_is_named(root: Path, source: str, content: bytes) -> None:
+    path = spoil(root, 7, content)
+    running = train_source(config(root, source))
+    for _ in range(2):  # and again: it must not begin anew
+        with pytest.raises(DataError) as error:
+            list(islice(running, 4))
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+    running.close()
+
+
+@pytest.mark.parametrize("source", READERS)
+def test_a_file_that_vanishes_is_named_with_its_index(root: Path, source: str) -> None:
+    path = sorted((root / "train").rglob("*.jpg"))[7]
+    running = train_source(config(root, source))
+    path.unlink()
+    for _ in range(2):  # and again: no later call may wait for ever
+        with pytest.raises(DataError) as error:
+            list(islice(running, 4))
+        assert str(path) in str(error.value)
+        assert "train.index" in str(error.value)
+    running.close()
+    with pytest.raises(DataError, match="does not exist"):
+        train_source(config(root, source))
+
+
+@pytest.mark.parametrize("source", READERS)
+def test_a_data_set_other_than_planned_is_refused(root: Path, source: str) -> None:
+    cfg = config(root, source)
+    plan = plan_of(run_config(cfg, 6), 1, CLASSES * PER_CLASS + 1, 10, CLASSES)
+    with pytest.raises(DataError, match="planned for 25"):
+        make_train_source(cfg, plan, World(), SEED, "cpu", False)
+
+
+def test_unknown_source_prints_the_table(root: Path) -> None:
+    cfg = config(root, "torch").model_copy(update={"source": "tape"})
+    with pytest.raises(ConfigError, match="'tape': is not one of dali, torch, synthetic"):
+        train_source(cfg)
+
+
+def test_gpu_decoding_without_a_gpu_is_refused(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.decode gpu"):
+        train_source(config(root, "dali", decode="gpu"))
+
+
+def test_missing_dali_is_one_line_with_the_command(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(ClusterError, match="pip install nvidia-dali-cuda130==") as error:
+        train_source(config(root, "dali"))
+    assert "\n" not in str(error.value)
+
+
+def test_importing_the_room_imports_no_torch() -> None:
+    code = "import sys, ii_dist.data; assert not {'torch', 'nvidia.dali', 'PIL.Image'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_single_thread_batch_of_one_and_a_side_of_one(root: Path) -> None:
+    for source in READERS:
+        cfg = config(root, source, image_size=1, threads_per_rank=1)
+        assert [b.images_NCHW.shape for b in take(train_source(cfg, batch=1), 3)] == [(1, 3, 1, 1)] * 3
+
+
+@pytest.mark.parametrize("source", [*READERS, "synthetic"])
+def test_close_ends_every_thread(root: Path, source: str) -> None:
+    before = {thread.name for thread in threading.enumerate()}
+    running = train_source(config(root, source, synthetic_images=24, synthetic_classes=2))
+    next(iter(running))
+    running.seek(Position(3, 6))
+    next(iter(running))
+    running.close()
+    assert {thread.name for thread in threading.enumerate()} <= before
+
+
+@pytest.mark.parametrize("source", READERS)
+def test_no_decoding_before_it_is_asked_for(root: Path, source: str) -> None:
+    """Making a source and seeking cost nothing, so the first batch after a seek costs what a first batch costs."""
+    spoil(root, 0, b"")
+    running = train_source(config(root, source))
+    threads = threading.active_count()
+    for epoch in range(3):
+        running.seek(Position(epoch, 6))
+    assert threading.active_count() == threads
+    running.close()
+
+
+_PROGRAM = """
+import sys
+from tests.unit.data.test_data_readers import config, train_source
+from pathlib import Path
+running = train_source(config(Path(sys.argv[1]), sys.argv[2]))
+for batch in running:
+    print(int(batch.index_N[0]), flush=True)
+    if len(sys.argv) > 3:
+        raise SystemExit("left without closing")
+"""
+
+
+@pytest.mark.parametrize("source", READERS)
+def test_a_rank_that_dies_or_leaves_takes_its_readers_with_it(root: Path, source: str) -> None:
+    repository = Path(__file__).parents[3]
+    command = [sys.executable, "-c", textwrap.dedent(_PROGRAM), str(root), source]
+    left = subprocess.run([*command, "leave"], cwd=repository, capture_output=True, text=True, timeout=60)
+    assert left.returncode == 1
+    assert "Traceback" not in left.stderr
+    with subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, start_new_session=True) as killed:
+        assert killed.stdout
+        killed.stdout.readline()
+        killed.send_signal(signal.SIGKILL)
+        killed.wait(10)
+        deadline_s = time.monotonic() + 5
+        while any_process_of(killed.pid) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert not any_process_of(killed.pid)
+
+
+def any_process_of(session: int) -> bool:
+    """Whether a living process belongs to this session."""
+    for entry in Path("/proc").iterdir():
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except (OSError, NotADirectoryError):
+            continue
+        if entry.name.isdigit() and int(fields[3]) == session and fields[0] != "Z":
+            return True
+    return False
+
+
+def test_process_id_helper_sees_this_process() -> None:
+    assert any_process_of(os.getsid(0))
+
+
+@pytest.mark.parametrize("classes", [2])
+def test_synthetic_images_can_be_learned(root: Path, classes: int) -> None:
+    """The nearest class mean of one batch names the class of images of the other split."""
+    cfg = config(root, "synthetic", synthetic_images=24, synthetic_classes=classes)
+    train, held_out = take(train_source(cfg, 24), 1)[0], take(eval_source(cfg, 10), 1)[0]
+    means = torch.stack([train.images_NCHW[train.labels_N == label].mean(0) for label in range(classes)])
+    distances = (held_out.images_NCHW[:, None] - means[None]).flatten(2).norm(dim=2)
+    assert torch.equal(distances.argmin(1), held_out.labels_N)
+    shared = [torch.equal(a, b) for a in train.images_NCHW for b in held_out.images_NCHW]
+    assert not any(shared)

@@ -1,0 +1,3 @@
+"""timm cannot be imported on every machine before `ii_dist.models` has made torchvision importable."""
+
+import ii_dist.models  # noqa: F401
