@@ -45,6 +45,7 @@ DTYPES: dict[str, tuple[str, int]] = {
 _CODES = {f"torch.{name}": code for code, (name, _) in DTYPES.items()}
 _HEADER_LIMIT_BYTES = 100_000_000
 _MOST_CHUNKS_BEHIND = 16
+_FLUSH_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +121,19 @@ def tensor_bytes(tensor: "Tensor") -> memoryview:
 
 
 class HashingWriter:
-    """Writes a new file in chunks, each hashed by a helper thread while it is on its way to the disk.
+    """Writes a new file in chunks; helper threads hash them and flush them to the disk meanwhile.
 
-    Writing and flushing wait for the disk, hashing for a core: side by side they take as long as the slower one.
+    Hashing takes a core, flushing waits for the disk: side by side with the making of the next chunk they take about as
+    long as the slowest of the three.
     """
 
     def __init__(self, file: int) -> None:
         self._file = file
         self._digest = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1, "hash")
+        self._flusher = ThreadPoolExecutor(1, "flush")
+        self._flushing: Future[None] | None = None
+        self._flushed_bytes = 0
         self._behind: deque[Future[None]] = deque()
         self._waiting: list[memoryview] = []
         self._waiting_bytes = 0
@@ -147,6 +152,7 @@ class HashingWriter:
     def finish(self) -> str:
         """Flush to the disk; the sha256 of all that was written."""
         self._put()
+        self._flush_begun()
         os.fsync(self._file)
         while self._behind:
             self._behind.popleft().result()
@@ -154,14 +160,24 @@ class HashingWriter:
 
     def close(self) -> None:
         self._hasher.shutdown()
+        self._flusher.shutdown()
 
     def _put(self) -> None:
         views, self._waiting, self._waiting_bytes = self._waiting, [], 0
         self._behind.append(self._hasher.submit(self._hash, views))
         self.bytes += write_views(self._file, views)
+        if self.bytes - self._flushed_bytes >= _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+            self._flush_begun()
+            self._flushed_bytes = self.bytes
+            self._flushing = self._flusher.submit(os.fdatasync, self._file)
         # Pieces that wait for the hasher are kept in memory: not more than a few.
         if len(self._behind) > _MOST_CHUNKS_BEHIND:
             self._behind.popleft().result()
+
+    def _flush_begun(self) -> None:
+        """Wait for the flush on its way. The system reports a failed write-back once: no flush may go unasked."""
+        if self._flushing is not None:
+            self._flushing.result()
 
     def _hash(self, views: list[memoryview]) -> None:
         for view in views:

@@ -6,6 +6,7 @@ all, through the all-reduce) leaves the update out on every rank alike, without 
 
 import contextlib
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ii_dist.config.plan import Plan
 from ii_dist.config.schema import EngineConfig, OptimConfig
 from ii_dist.engine.engine import BatchLike, EngineState, Sums
-from ii_dist.engine.numerics import Average, FlatBuffers, count_correct, global_norm, image_losses
+from ii_dist.engine.numerics import Average, FlatBuffers, count_correct, global_norm, image_losses, mean_loss
 from ii_dist.engine.states import fill, model_tensors, named_optimizer_tensors, restore_optimizer
 from ii_dist.optim import learning_rate, make_optimizer, set_learning_rate
 from ii_dist.runtime.seeds import seed_step
@@ -53,7 +54,10 @@ class DDPEngine:
         self._optimizer = make_optimizer(self._module, parts.optim)
         self._parameters = [p for p in self._module.parameters() if p.requires_grad]
         self._scaler = torch.amp.GradScaler("cuda", enabled=parts.engine.precision == "fp16")
-        self._skipped_in_row = torch.zeros((), device=parts.device)
+        self._zero = torch.zeros((), device=parts.device)
+        self._skipped_in_row = self._zero
+        self._images_per_step = self._zero + parts.plan.images_per_rank
+        self._ones = torch.ones(parts.plan.micro_batch, device=parts.device)
         self._step = 0
         if parts.engine.compile:
             self._module.compile()
@@ -78,12 +82,15 @@ class DDPEngine:
         self._kept_buffers.copy_(self._buffers.flat)
         sums = self._backward_all(micro_batches)
         norm, skipped = self._update()
-        self._skipped_in_row = (self._skipped_in_row + skipped) * skipped
         if self._average is not None:
             self._average.update()
         self._step += 1
-        names = ("loss", "images", "top1", "top5")
-        return dict(zip(names, sums, strict=True)) | {
+        loss, top1, top5 = sums
+        return {
+            "loss": loss,
+            "images": self._images_per_step,
+            "top1": top1,
+            "top5": top5,
             "grad_norm": norm,
             "skipped": skipped,
             "skipped_in_row": self._skipped_in_row,
@@ -127,47 +134,46 @@ class DDPEngine:
             fill(model_tensors("ema", self._average.model), state.tensors)
         restore_optimizer(self._optimizer, self._module, state.tensors)
         self._step = int(state.scalars["step"])
-        self._skipped_in_row.fill_(float(state.scalars["skipped_in_row"]))
+        self._skipped_in_row = self._zero + float(state.scalars["skipped_in_row"])
         if self._scaler.is_enabled() and state.scalars["scaler"]:
             self._scaler.load_state_dict(state.scalars["scaler"])
 
     # One step -------------------------------------------------------------------------------------------------------
 
     def _backward_all(self, micro_batches: Sequence[BatchLike]) -> list[torch.Tensor]:
-        """Gradients of the mean loss over the global batch; returns this rank's [loss, images, top1, top5] sums."""
+        """Gradients of the mean loss over the global batch; returns this rank's [loss, top1, top5] sums.
+
+        Training batches hold no padding (their weights are 1), so weights are not looked at.
+        """
         self._optimizer.zero_grad(set_to_none=True)
         total: list[torch.Tensor] = []
         last = len(micro_batches) - 1
         for k, batch in enumerate(micro_batches):
-            labels_N, weight_N = self._labels(batch), batch.weight_N.to(self._device)
+            labels_N = self._labels(batch)
             with self._no_sync() if k < last else contextlib.nullcontext():
                 with self._autocast():
                     logits_NC = self._network(self._images(batch))
-                loss_sum = image_losses(logits_NC, labels_N, self._parts.optim.label_smoothing) @ weight_N
-                # DDP takes the mean over ranks, so each rank divides by its own images only.
-                self._scaler.scale(loss_sum / self._parts.plan.images_per_rank).backward()  # type: ignore[no-untyped-call]
-            with torch.no_grad():
-                sums = [loss_sum.detach(), weight_N.sum(), *count_correct(logits_NC.detach(), labels_N, weight_N)]
-                total = sums if not total else [a + b for a, b in zip(total, sums, strict=True)]
+                loss = mean_loss(logits_NC, labels_N, self._parts.optim.label_smoothing)
+                # DDP takes the mean over ranks; each rank takes the mean over its micro-batches, which are equal.
+                share = loss / len(micro_batches) if last else loss
+                self._scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+            sums = [loss.detach() * len(labels_N), *count_correct(logits_NC.detach(), labels_N, self._ones)]
+            total = sums if not total else [a + b for a, b in zip(total, sums, strict=True)]
         return total
 
-    @torch.no_grad()
     def _update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip and step, or leave both out; returns (gradient norm, 1.0 if left out)."""
         if self._scaler.is_enabled():
             self._scaler.unscale_(self._optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = global_norm(gradients)
-        skipped = (~torch.isfinite(norm)).to(torch.float32)
         clip = self._parts.optim.clip_norm
         if clip:
             torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
         if self._device.type == "cpu":
-            if skipped.item():
-                self._buffers.flat.copy_(self._kept_buffers)
-            else:
-                self._optimizer.step()
-            return norm, skipped
+            return norm, self._step_on_cpu(math.isfinite(norm.item()))
+        skipped = (~torch.isfinite(norm)).to(torch.float32)
+        self._skipped_in_row = (self._skipped_in_row + skipped) * skipped
         # On a GPU the decision stays there: the fused optimizer reads found_inf on the device.
         self._buffers.flat.copy_(torch.where(skipped > 0, self._kept_buffers, self._buffers.flat))
         if self._scaler.is_enabled():
@@ -177,6 +183,16 @@ class DDPEngine:
             self._optimizer.found_inf = skipped  # type: ignore[attr-defined]
             self._optimizer.step()
         return norm, skipped
+
+    def _step_on_cpu(self, finite: bool) -> torch.Tensor:
+        """Here the host may look at the norm, and only the step that is taken costs anything."""
+        if finite:
+            self._optimizer.step()
+            self._skipped_in_row = self._zero
+            return self._zero
+        self._buffers.flat.copy_(self._kept_buffers)
+        self._skipped_in_row = self._skipped_in_row + 1
+        return self._zero + 1
 
     def _images(self, batch: BatchLike) -> torch.Tensor:
         return batch.images_NCHW.to(self._device, non_blocking=True, memory_format=self._format)

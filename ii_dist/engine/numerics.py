@@ -12,12 +12,18 @@ def count_correct(logits_NC: torch.Tensor, labels_N: torch.Tensor, weight_N: tor
     """[top-1, top-5] correct images, weighted; top-5 is top-C where there are fewer classes."""
     k = min(5, logits_NC.shape[1])
     hits_Nk = (logits_NC.topk(k, dim=1).indices == labels_N[:, None]).to(weight_N.dtype)
-    return [hits_Nk[:, 0] @ weight_N, hits_Nk.sum(1) @ weight_N]
+    at_place_k = weight_N @ hits_Nk
+    return [at_place_k[0], at_place_k.sum()]
 
 
-def image_losses(logits_NC: torch.Tensor, labels_N: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+def mean_loss(logits_NC: torch.Tensor, labels_N: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Mean cross entropy with label smoothing, in float32."""
+    return F.cross_entropy(logits_NC.float(), labels_N, label_smoothing=smoothing)
+
+
+def image_losses(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
     """Cross entropy of each image, in float32."""
-    return F.cross_entropy(logits_NC.float(), labels_N, reduction="none", label_smoothing=smoothing)
+    return F.cross_entropy(logits_NC.float(), labels_N, reduction="none")
 
 
 def global_norm(gradients: list[torch.Tensor]) -> torch.Tensor:

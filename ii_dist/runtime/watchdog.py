@@ -5,6 +5,8 @@ In: a beat a step. Out: after `timeout_s` without one, the Python stacks of all 
 """
 
 import faulthandler
+import math
+import time
 from typing import TextIO
 
 
@@ -14,11 +16,16 @@ class Watchdog:
     def __init__(self, timeout_s: float, out: TextIO) -> None:
         self._timeout_s = timeout_s
         self._out = out
+        self._armed_s = -math.inf
 
     def beat(self) -> None:
-        """A step was made: wait `timeout_s` for the next."""
-        if self._timeout_s:
-            faulthandler.dump_traceback_later(self._timeout_s, exit=True, file=self._out)
+        """A step was made: wait `timeout_s` (and up to a second more) for the next.
+
+        Arming starts a thread (about 100 us), so it is done at most once a second.
+        """
+        if self._timeout_s and (now := time.monotonic()) - self._armed_s > 1.0:
+            self._armed_s = now
+            faulthandler.dump_traceback_later(self._timeout_s + 1.0, exit=True, file=self._out)
 
     def close(self) -> None:
         """Stop watching."""

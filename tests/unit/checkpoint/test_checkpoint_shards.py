@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ii_dist.checkpoint import assign_shards
+from ii_dist.checkpoint import assign_shards, shards
 from ii_dist.checkpoint.disk import CHUNK_BYTES
 from ii_dist.checkpoint.shards import DTYPES, read_header, spec_of, write_shard
 from ii_dist.config.errors import CheckpointError
@@ -129,6 +129,25 @@ def test_mode_follows_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_failed_early_flush_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    # The system tells of lost data once; the flush at the end would succeed.
+    calls = 0
+
+    def flush(file: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", flush)
+    monkeypatch.setattr(shards, "_FLUSH_BYTES", 1)
+    monkeypatch.setattr(shards, "_MOST_CHUNKS_BEHIND", 0)
+    tensors = {f"t{i}": torch.zeros(CHUNK_BYTES, dtype=torch.uint8) for i in range(12)}
+    with pytest.raises(OSError, match="Input/output error"):
+        write_shard(tmp_path / "a.safetensors", tensors, {})
 
 
 def test_dtype_that_the_format_lacks(tmp_path: Path) -> None:

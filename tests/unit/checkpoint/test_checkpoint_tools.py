@@ -14,8 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ii_dist.config import ModelConfig, RunConfig, dump_config
 from ii_dist.config.errors import CheckpointError, ConfigError
 from ii_dist.config.run_folder import RunFolder, shard_name
+from ii_dist.models import create_model
 from tools import list_checkpoints, merge_checkpoint, verify_checkpoint
 
 Commit = Callable[..., list[Exception | None]]
@@ -75,6 +77,26 @@ def test_loading_line(run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixt
         "import ii_dist.models, timm; model = timm.create_model('ini_resnet20', gate='fold3x3', gate_reduction=16, "
         f"fold_width=8, lens_filters=0, num_classes=10, checkpoint_path='{tmp_path}/m.safetensors')"
     )
+
+
+def test_loading_line_loads_the_network(
+    folder: RunFolder, commit: Commit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = RunConfig(name="x", model=ModelConfig(network="ini_resnet20", gate="fold3x3", fold_width=8))
+    torch.manual_seed(1)
+    net = create_model(cfg.model, num_classes=10)
+    commit(1, {f"model.{name}": tensor for name, tensor in net.state_dict().items()})
+    folder.config.write_text(dump_config(cfg))
+    merge_checkpoint.main([str(folder.root), "--out", str(tmp_path / "m.safetensors")])
+    line = capsys.readouterr().out.splitlines()[-1]
+    save = f"; import safetensors.torch as s; s.save_file(model.state_dict(), {str(tmp_path / 'again.safetensors')!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", line + save], cwd=Path(__file__).parents[3], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    again = load_file(tmp_path / "again.safetensors")
+    assert again.keys() == net.state_dict().keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in net.state_dict().items())
 
 
 def test_damaged_shard_leaves_no_file(run: RunFolder, tmp_path: Path) -> None:
