@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
-from ii_dist.config.networks import GATE_NAMES, NETWORKS
+from ii_dist.config.networks import GATE_NAMES, NETWORKS, fold_widths
 
 Pair = Annotated[tuple[float, float], Strict(False)]
 Triple = Annotated[tuple[float, float, float], Strict(False)]
@@ -63,7 +63,7 @@ class DataConfig(Slice):
     """Per-channel mean and standard deviation of pixels in [0, 1]."""
     augment: AugmentConfig = AugmentConfig()
     threads_per_rank: Annotated[int, Field(ge=0)] = 0
-    """Decoding threads (DALI) or worker processes (torch) a rank; 0 = the node's cores / its ranks."""
+    """Decoding threads of a rank; 0 = the node's cores / its ranks."""
     prefetch_batches: Count = 2
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes; auto = on the GPU where the rank has one."""
@@ -85,10 +85,11 @@ class ModelConfig(Slice):
 
     network: str = "ini_resnet50"
     gate: str = "fold3x3"
-    gate_reduction: Count = 16
-    """Channels / hidden units of the gate (r)."""
-    fold_width: Count = 16
-    """Columns of the folded pseudo-image (k); must divide the channels of every stage."""
+    gate_reduction: Annotated[int, Field(ge=0)] = 0
+    """Channels / hidden units of the gate (r); 0 = the network's own: 16, for ini_resnet20 4."""
+    fold_width: Annotated[int, Field(ge=0)] = 0
+    """Columns of the folded pseudo-image (k), which must divide the channels of every stage; 0 = the network's own: 16,
+    for ini_resnet20 8."""
     lens_filters: Annotated[int, Field(ge=0)] = 0
     """Filters of the lens convolution (m); 0 = planes / 16, as in the authors' code."""
     zero_init_last: bool = True
@@ -109,8 +110,8 @@ class ModelConfig(Slice):
 
     def _check_fold(self) -> None:
         channels = sorted(set(NETWORKS[self.network].out_channels))
-        fits = [k for k in range(3, channels[-1] + 1) if all(c % k == 0 and 2 * c // k >= 3 for c in channels)]
-        if self.fold_width not in fits:
+        fits = fold_widths(channels)
+        if self.fold_width not in [0, *fits]:
             raise ValueError(
                 f"fold_width {self.fold_width}: {self.network} has stages of {', '.join(map(str, channels))} channels; "
                 f"possible widths are {', '.join(map(str, fits))}"

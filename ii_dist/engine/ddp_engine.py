@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ii_dist.config.plan import Plan
 from ii_dist.config.schema import EngineConfig, OptimConfig
 from ii_dist.engine.engine import BatchLike, EngineState, Sums
-from ii_dist.engine.numerics import Average, FlatBuffers, count_correct, global_norm, image_losses, mean_loss
+from ii_dist.engine.numerics import Average, FlatBuffers, count_correct, global_norm, image_losses, loss_sum
 from ii_dist.engine.states import fill, model_tensors, named_optimizer_tensors, restore_optimizer
 from ii_dist.optim import learning_rate, make_optimizer, set_learning_rate
 from ii_dist.runtime.seeds import seed_step
@@ -57,7 +57,7 @@ class DDPEngine:
         self._zero = torch.zeros((), device=parts.device)
         self._skipped_in_row = self._zero
         self._images_per_step = self._zero + parts.plan.images_per_rank
-        self._ones = torch.ones(parts.plan.micro_batch, device=parts.device)
+        self._share = 1 / self._images_per_step
         self._step = 0
         if parts.engine.compile:
             self._module.compile()
@@ -153,11 +153,10 @@ class DDPEngine:
             with self._no_sync() if k < last else contextlib.nullcontext():
                 with self._autocast():
                     logits_NC = self._network(self._images(batch))
-                loss = mean_loss(logits_NC, labels_N, self._parts.optim.label_smoothing)
-                # DDP takes the mean over ranks; each rank takes the mean over its micro-batches, which are equal.
-                share = loss / len(micro_batches) if last else loss
-                self._scaler.scale(share).backward()  # type: ignore[no-untyped-call]
-            sums = [loss.detach() * len(labels_N), *count_correct(logits_NC.detach(), labels_N, self._ones)]
+                loss = loss_sum(logits_NC, labels_N, self._parts.optim.label_smoothing)
+                # Started with 1 / images of this rank: DDP takes the mean over ranks, the engine over images.
+                self._scaler.scale(loss).backward(self._share)  # type: ignore[no-untyped-call]
+            sums = [loss.detach(), *count_correct(logits_NC.detach(), labels_N)]
             total = sums if not total else [a + b for a, b in zip(total, sums, strict=True)]
         return total
 

@@ -8,17 +8,22 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def count_correct(logits_NC: torch.Tensor, labels_N: torch.Tensor, weight_N: torch.Tensor) -> list[torch.Tensor]:
-    """[top-1, top-5] correct images, weighted; top-5 is top-C where there are fewer classes."""
+def count_correct(
+    logits_NC: torch.Tensor, labels_N: torch.Tensor, weight_N: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top-1 and top-5 correct images, each counted by its weight (1 without weights); 0-dim float32.
+
+    Top-5 is top-C where there are fewer classes.
+    """
     k = min(5, logits_NC.shape[1])
-    hits_Nk = (logits_NC.topk(k, dim=1).indices == labels_N[:, None]).to(weight_N.dtype)
-    at_place_k = weight_N @ hits_Nk
-    return [at_place_k[0], at_place_k.sum()]
+    hits_Nk = logits_NC.topk(k, dim=1).indices == labels_N[:, None]
+    at_place_k = hits_Nk.sum(0, dtype=torch.float32) if weight_N is None else weight_N @ hits_Nk.to(weight_N.dtype)
+    return at_place_k[0], at_place_k.sum()
 
 
-def mean_loss(logits_NC: torch.Tensor, labels_N: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Mean cross entropy with label smoothing, in float32."""
-    return F.cross_entropy(logits_NC.float(), labels_N, label_smoothing=smoothing)
+def loss_sum(logits_NC: torch.Tensor, labels_N: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Cross entropy with label smoothing summed over the images, in float32."""
+    return F.cross_entropy(logits_NC.float(), labels_N, label_smoothing=smoothing, reduction="sum")
 
 
 def image_losses(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:

@@ -16,45 +16,62 @@ norm over all ranks, skipped = 1 for an update left out (on all ranks together),
 TRAIN_MAXIMA = ("skipped_in_row",)
 EVAL_SUMS = ("loss", "images", "top1", "top5")
 
+_MOST_KEPT_STEPS = 512
 _OVER_IMAGES = {"loss": 1.0, "top1": 100.0, "top5": 100.0}  # name -> scale of its mean; accuracies are per cent
 
 
 class RunningMeans:
     """Sums and maxima over steps, in float64 on `device`.
 
-    A step with skipped > 0 counts as a step and a skipped update only: its loss is not a number that a mean survives.
+    A step's tensors are only kept when they are added, and stacked by one kernel when they are read: a step pays for
+    no arithmetic. A step with skipped > 0 counts as a step and a skipped update only: its loss is not a number that a
+    mean survives.
     """
 
     def __init__(
         self, device: torch.device | str, sums: Sequence[str] = TRAIN_SUMS, maxima: Sequence[str] = TRAIN_MAXIMA
     ) -> None:
+        self._values = (*sums, *maxima)
         self._names = (*sums, "steps")
         self._maxima = tuple(maxima)
         self._device = torch.device(device)
-        self._one = torch.ones((), dtype=torch.float32, device=self._device)
         self._skips = "skipped" in sums
-        lone = [float(name in ("skipped", "steps")) for name in self._names]
-        self._skipped_row = torch.tensor(lone, dtype=torch.float32, device=self._device)
         self._reset()
 
     def _reset(self) -> None:
         self._steps = 0
+        self._kept: list[Mapping[str, Tensor]] = []
         self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
         self._tops = torch.zeros(len(self._maxima), dtype=torch.float64, device=self._device)
 
-    @torch.no_grad()
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add one step's 0-dim tensors (keys besides the sums and maxima are ignored). Waits for nothing.
 
-        float32 throughout is quickest: tensors of one dtype are stacked by one kernel.
+        The tensors must not change afterwards. float32 throughout is quickest: one dtype is stacked by one kernel.
         """
-        row = torch.stack([*(values[name] for name in self._names[:-1]), self._one])
-        if self._skips:
-            row = torch.where(values["skipped"] > 0, self._skipped_row, row)
-        self._sums += row
-        if self._maxima:
-            self._tops = torch.maximum(self._tops, torch.stack([values[name] for name in self._maxima]))
+        self._kept.append(values)
         self._steps += 1
+        if len(self._kept) >= _MOST_KEPT_STEPS:
+            self._fold()
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        """Add up the kept steps."""
+        if not self._kept:
+            return
+        flat = torch.stack([values[name] for values in self._kept for name in self._values])
+        rows = flat.to(torch.float64).view(len(self._kept), len(self._values))
+        self._kept = []
+        count = len(self._names) - 1
+        ones = torch.ones_like(rows[:, :1])
+        sums = torch.cat((rows[:, :count], ones), dim=1)
+        if self._skips:
+            skipped = rows[:, self._names.index("skipped"), None] > 0
+            lone = torch.tensor([name in ("skipped", "steps") for name in self._names], device=self._device)
+            sums = torch.where(skipped & ~lone, 0.0, sums)
+        self._sums += sums.sum(0)
+        if self._maxima:
+            self._tops = torch.maximum(self._tops, rows[:, count:].amax(0))
 
     def read(self, *, reduce: bool = False) -> dict[str, float]:
         """Wait for the device, return what was added since the last read, and start again.
@@ -63,6 +80,7 @@ class RunningMeans:
         of this rank: what they count, the ranks decide together.
         """
         steps_here = self._steps
+        self._fold()
         if reduce and dist.is_initialized():
             dist.all_reduce(self._sums)
         numbers = torch.cat((self._sums, self._tops)).tolist()  # the wait

@@ -15,7 +15,7 @@ import torch
 from ii_dist.config import CheckpointError, ClusterError, Plan, RunConfig, RunFolder
 from ii_dist.config.errors import EXIT_DONE, EXIT_STOPPED
 from ii_dist.data import make_eval_source
-from ii_dist.metrics import Summary, format_summary, write_summary
+from ii_dist.metrics import Summary, format_summary, read_summary, write_summary
 from ii_dist.runtime import World, set_up_logging
 from ii_dist.train.evaluate import evaluate
 from ii_dist.train.loop import fit
@@ -90,6 +90,9 @@ def _naming_lost_ranks(world: World) -> Iterator[None]:
 def _sum_up(run: Session, seconds: float) -> str:
     """Write summary.json; the lines that say the same."""
     totals = run.clock.totals()
+    before = read_summary(run.folder)
+    if before is not None and not totals.cold.steps + totals.steady.steps:
+        return f"nothing left to do; the run as it ended:\n{format_summary(run.folder, before)}"
     step = run.engine.step
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     summary = Summary(

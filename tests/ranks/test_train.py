@@ -19,7 +19,7 @@ CONFIG = """
 name: run
 data: {source: synthetic, synthetic_images: 120, synthetic_classes: 4, image_size: 16, eval_image_size: 16,
        eval_resize: 16, prefetch_batches: 1}
-model: {network: ini_resnet20, gate: fold3x3, fold_width: 8, drop_path: 0.2}
+model: {network: ini_resnet20, gate: fold3x3, drop_path: 0.2}
 optim: {lr: 0.05, lr_reference_batch: 0, warmup_epochs: 1}
 engine: {device: cpu, ema_half_life_epochs: 1}
 train: {epochs: 2, global_batch: 12, eval_every_epochs: 1, eval_batch_per_rank: 4}

@@ -9,7 +9,7 @@ import pytest
 
 from ii_dist.config import ConfigError, load_config
 
-MINIMAL = "name: x\nmodel: {network: ini_resnet20, fold_width: 8}\n"
+MINIMAL = "name: x\nmodel: {network: ini_resnet20}\n"
 
 
 def write(tmp_path: Path, text: str, name: str = "c.yaml") -> Path:

@@ -76,11 +76,14 @@ def test_means_over_nothing_are_not_a_number() -> None:
     assert read["images"] == 0
 
 
-def test_later_writes_into_a_step_s_tensors_do_not_reach_the_sums() -> None:
-    means, values = RunningMeans("cpu"), step(8.0)
-    means.add(values)
-    values["loss"].fill_(100.0)
-    assert means.read()["loss"] == 2.0
+def test_many_steps_between_two_reads_are_all_counted() -> None:
+    means = RunningMeans("cpu")
+    for number in range(1200):
+        means.add(step(float(number)))
+    read = means.read()
+    assert read["steps"] == 1200
+    assert read["images"] == 1200 * 4
+    assert read["loss"] == pytest.approx(sum(range(1200)) / (1200 * 4))
 
 
 def test_tags_of_means_are_in_the_table() -> None:

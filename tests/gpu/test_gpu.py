@@ -1,0 +1,131 @@
+"""What only a GPU can show: steps without a host sync, DALI on the device, saves from device memory.
+
+Run with `make gpu-check` on a machine with CUDA; skipped elsewhere.
+"""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from ii_dist.checkpoint import CheckpointStore, RunFacts, Saver, find_newest, load_step
+from ii_dist.config import (
+    CheckpointConfig,
+    DataConfig,
+    DataFacts,
+    EngineConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    RunFolder,
+    TrainConfig,
+    make_plan,
+)
+from ii_dist.data import Batch, build_index, make_eval_source, make_train_source, write_index
+from ii_dist.engine import EngineParts, make_engine
+from ii_dist.metrics.means import RunningMeans
+from ii_dist.models import create_model
+from ii_dist.runtime import World
+from tests.images import make_image_folder
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CLASSES = 10
+
+
+def parts(device: str, **engine: object) -> EngineParts:
+    cfg = RunConfig(
+        name="gpu",
+        engine=EngineConfig.model_validate({"device": "cuda", **engine}),
+        optim=OptimConfig(lr=0.05, lr_reference_batch=0, warmup_epochs=0),
+        train=TrainConfig(global_batch=32, epochs=2),
+    )
+    plan = make_plan(cfg, 1, DataFacts(320, 32, CLASSES))
+    return EngineParts(cfg.engine, cfg.optim, plan, torch.device(device), image_size=32)
+
+
+def batch(seed: int, device: str) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randn(32, 3, 32, 32, generator=g).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (32,), generator=g)
+    return Batch(images.to(device), labels.to(device), torch.ones(32, device=device), labels)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_asks_the_device_nothing(precision: str) -> None:
+    engine = make_engine(
+        create_model(ModelConfig(network="ini_resnet20"), CLASSES), parts("cuda:0", precision=precision)
+    )
+    means, one = RunningMeans("cuda:0"), batch(0, "cuda:0")
+    for _ in range(3):
+        means.add(engine.train_step([one]))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            means.add(engine.train_step([one]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    read = means.read()
+    assert read["steps"] == 6
+    assert read["loss"] > 0
+
+
+def test_a_step_equals_the_cpu() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
+    model = create_model(ModelConfig(network="ini_resnet20"), CLASSES)
+    gpu = make_engine(copy.deepcopy(model), parts("cuda:0"))
+    cpu = make_engine(model, parts("cpu"))
+    for step in range(5):
+        on_gpu, on_cpu = gpu.train_step([batch(step, "cuda:0")]), cpu.train_step([batch(step, "cpu")])
+        assert on_gpu["loss"].item() == pytest.approx(on_cpu["loss"].item(), rel=1e-3)
+
+
+def test_a_non_finite_step_is_left_out_on_the_device() -> None:
+    engine = make_engine(create_model(ModelConfig(network="ini_resnet20"), CLASSES), parts("cuda:0"))
+    engine.train_step([batch(0, "cuda:0")])
+    before = {n: t.clone() for n, t in engine.state().tensors.items() if "num_batches" not in n}
+    bad = batch(1, "cuda:0")
+    bad.images_NCHW[0, 0, 0, 0] = float("nan")
+    assert engine.train_step([bad])["skipped"].item() == 1
+    assert all(torch.equal(t, before[n]) for n, t in engine.state().tensors.items() if n in before)
+
+
+def test_dali_decodes_on_the_gpu_what_it_decodes_on_the_cpu(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        make_image_folder(tmp_path / split, classes=3, per_class=16, size=(96, 80))
+        rows, classes = build_index(tmp_path / split)
+        write_index(tmp_path / f"{split}.index", rows, classes, root=split)
+    data = DataConfig(root=str(tmp_path), image_size=64, eval_resize=72, eval_image_size=64)
+    plan = make_plan(RunConfig(name="x", train=TrainConfig(global_batch=16)), 1, DataFacts(48, 48, 3))
+    world = World(gpus=1)
+    for make, more in ((make_train_source, ()), (make_eval_source, (16,))):
+        sources = [make(data, plan, world, 0, device, True, *more) for device in ("cpu", "cuda:0")]
+        on_cpu, on_gpu = (next(iter(source)) for source in sources)
+        assert on_gpu.images_NCHW.is_cuda
+        assert torch.equal(on_cpu.labels_N, on_gpu.labels_N.cpu())
+        # nvJPEG and libjpeg-turbo round differently: within a few of 255 steps.
+        assert (on_cpu.images_NCHW - on_gpu.images_NCHW.cpu()).abs().mean() < 0.05
+        for source in sources:
+            source.close()
+
+
+def test_a_save_from_device_memory_holds_the_values_of_its_step(tmp_path: Path) -> None:
+    engine = make_engine(create_model(ModelConfig(network="ini_resnet20"), CLASSES), parts("cuda:0"))
+    engine.train_step([batch(0, "cuda:0")])
+    folder = RunFolder(tmp_path)
+    store = CheckpointStore(folder, RunFacts("ddp", 32), rank=0, world_size=1, fence=0)
+    saver = Saver(store, CheckpointConfig())
+    state = engine.state()
+    expected = {n: t.cpu().clone() for n, t in state.tensors.items()}
+    saver.save(1, 0, 32, state.tensors, {"engine": state.scalars})
+    for step in range(1, 5):  # training goes on while the copy is on its way
+        engine.train_step([batch(step, "cuda:0")])
+    assert [r.ok for r in saver.close()] == [True]
+    found, _ = find_newest(folder.checkpoints)
+    assert found is not None
+    tensors, _ = load_step(found.path, found.manifest)
+    assert all(torch.equal(tensors[n], t) for n, t in expected.items())
