@@ -80,8 +80,8 @@ class RunFacts:
         return elapsed
 
     def restart_steps(self) -> list[int]:
-        """The steps that later attempts went on from."""
-        return [start.step for start in self.metrics.starts[1:]]
+        """The steps that later attempts went on from; one that found nothing left to do does not count."""
+        return [start.step for start in self.metrics.starts[1:] if start.step < self.last_step]
 
     def _attempt_starts(self) -> list[float]:
         times = [start.time_s for start in self.metrics.starts]

@@ -29,7 +29,11 @@ def run() -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run one command; a UserError becomes one line on stderr and the exit code of its class."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if unknown := [text for text in rest if text.startswith("-")]:
+        parser.error(f"unknown option {unknown[0]}; see ii-dist --help")
+    args.overrides += rest  # overrides may stand between and after options
     try:
         return int(args.command(args))
     except UserError as error:

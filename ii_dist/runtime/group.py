@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from ii_dist.config.errors import ClusterError
 from ii_dist.runtime.world import World
@@ -49,9 +50,13 @@ def open_group(world: World, device: torch.device, timeout_s: float = 600.0) -> 
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
         # The store is made here, not by init_process_group, so that a taken port has an error of its own.
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            world.master_addr, world.master_port, world.world_size, is_master=world.rank == 0, timeout=timeout
+        store: Store = TCPStore(
+            *(world.master_addr, world.master_port, world.world_size),
+            is_master=world.rank == 0 and not world.agent_store,
+            timeout=timeout,
         )
+        if world.agent_store:  # it outlives a restart of the ranks: each attempt has keys of its own
+            store = PrefixStore(f"ii_dist/attempt_{world.attempt}", store)
         dist.init_process_group(
             backend,
             store=store,

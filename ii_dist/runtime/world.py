@@ -30,6 +30,8 @@ class World:
     attempt: int = 0
     gpus: int = 0
     """GPUs that this process may use."""
+    agent_store: bool = False
+    """torchrun's agent already serves the rendezvous store at master_port; otherwise rank 0 serves it."""
     threads: int = 0
     """OMP_NUM_THREADS, which a launcher or a user may have set; 0 = not set."""
 
@@ -51,7 +53,8 @@ class World:
             master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
             master_port=_number(environ, "MASTER_PORT", 29500),
             job=environ.get("II_DIST_JOB") or environ.get("TORCHELASTIC_RUN_ID", "local"),
-            attempt=_number(environ, "II_DIST_ATTEMPT", 0),
+            attempt=_number(environ, "II_DIST_ATTEMPT", _number(environ, "TORCHELASTIC_RESTART_COUNT", 0)),
+            agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             gpus=gpus,
             threads=threads,
         )

@@ -2,12 +2,14 @@
 
 import json
 import socket
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from tests.ranks.start import finish, free_port, output, run_ranks, start_ranks
+from tests.ranks.start import ROOT, finish, free_port, output, run_ranks, start_ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -73,3 +75,21 @@ def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
         assert finish(processes) == [0]
     said = f"SAID rendezvous: port {port} on {socket.gethostname()} is in use; set launch.master_port"
     assert said in output(tmp_path)
+
+
+def test_ranks_of_torchrun_meet(tmp_path: Path) -> None:
+    """torchrun serves the store itself, at the port where rank 0 would."""
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"name: run\nruns_folder: {tmp_path}/runs\n"
+        "data: {source: synthetic, synthetic_images: 32, synthetic_classes: 4, image_size: 16, eval_image_size: 16,"
+        " eval_resize: 16}\n"
+        "model: {network: ini_resnet20}\nengine: {device: cpu}\n"
+        "train: {epochs: 1, global_batch: 8}\noptim: {warmup_epochs: 0}\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "ii_dist", "train", str(config)], capture_output=True, text=True, cwd=ROOT, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())["world_size"] == 2

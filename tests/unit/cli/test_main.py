@@ -12,7 +12,7 @@ CONFIG = (
 )
 
 
-@pytest.fixture()
+@pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "c.yaml"
     path.write_text(CONFIG)
