@@ -11,6 +11,7 @@ the ratio of these twins is the noise to read the other ratios by. Images: 1,000
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -29,8 +30,9 @@ IMAGES, CLASSES, SIZE, QUALITY = 1000, 10, (500, 375), 90
 BATCH, SIDE = 50, 224
 SEED = 0
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# name -> what runs; the twin is the hand-written pipeline once more.
-VARIANTS = ("ours", "hand_written", "hand_written_twin", "pil_dataloader", "ours_torch")
+# name -> what runs; "ours" gives the layout of the hand-written pipeline, "ours_channels_last" the one that training
+# uses unless told otherwise; the twin is the hand-written pipeline once more.
+VARIANTS = ("ours", "ours_channels_last", "hand_written", "hand_written_twin", "pil_dataloader", "ours_torch")
 SETTLE_S, IDLE_S = 0.02, 0.001
 
 
@@ -57,7 +59,7 @@ def make_images(root: Path) -> None:
     write_index(root / "train.index", rows, classes, root="train")
 
 
-def our_source(root: Path, source: str) -> "BatchSource":
+def our_source(root: Path, source: str, channels_last: bool = False) -> "BatchSource":
     """This project's loader."""
     from ii_dist.config import DataConfig, DataFacts, RunConfig, make_plan
     from ii_dist.data import make_train_source
@@ -66,7 +68,7 @@ def our_source(root: Path, source: str) -> "BatchSource":
     data = DataConfig(source=source, root=str(root), image_size=SIDE, threads_per_rank=1)  # type: ignore[arg-type]
     run = RunConfig.model_validate({"name": "bench", "data": data, "train": {"global_batch": BATCH}})
     plan = make_plan(run, 1, DataFacts(IMAGES, IMAGES, CLASSES))
-    return make_train_source(data, plan, World(), SEED, "cpu", False)
+    return make_train_source(data, plan, World(), SEED, "cpu", channels_last)
 
 
 def hand_written(root: Path) -> Iterator[Any]:
@@ -122,8 +124,8 @@ def pil_dataloader(root: Path) -> Iterator[Any]:
 
 def cpu_s() -> float:
     """CPU seconds of this process and of its ended children."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def serve(variant: str, root: Path, batches: int) -> None:
@@ -133,6 +135,7 @@ def serve(variant: str, root: Path, batches: int) -> None:
     torch.set_num_threads(1)
     makers: dict[str, Callable[[], Iterator[Any]]] = {
         "ours": lambda: (batch.images_NCHW for batch in our_source(root, "dali")),
+        "ours_channels_last": lambda: (batch.images_NCHW for batch in our_source(root, "dali", True)),
         "ours_torch": lambda: (batch.images_NCHW for batch in our_source(root, "torch")),
         "hand_written": lambda: hand_written(root),
         "hand_written_twin": lambda: hand_written(root),
@@ -224,7 +227,7 @@ def report(found: dict[str, list[float]], seeks: dict[str, list[float]]) -> dict
     rate = {name: 1 / statistics.median(values) for name, values in found.items()}
     goals = {
         "C3 loader / hand-written DALI": (rate["ours"] / rate["hand_written"], ">= 0.95, goal 0.98"),
-        "C4 loader / PIL DataLoader (2 workers)": (rate["ours"] / rate["pil_dataloader"], ">= 1.6"),
+        "C4 loader / PIL DataLoader (2 workers)": (rate["ours_channels_last"] / rate["pil_dataloader"], ">= 1.6"),
         "torch reader / PIL DataLoader": (rate["ours_torch"] / rate["pil_dataloader"], "-"),
         "C10 first batch after a seek / cold": (seek_s / cold_s, "<= 1.1"),
         "C10 the same, out of a running source": (running_s / cold_s, "<= 1.1"),

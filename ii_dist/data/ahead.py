@@ -6,11 +6,13 @@ processes, signals reach only the main thread, and no worker can outlive its ran
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
+QUICK_S = 2e-4
 
 
 class Ahead(Generic[Item]):
@@ -55,17 +57,27 @@ class Ahead(Generic[Item]):
 
 
 class Chunks:
-    """Does a job for 0 .. count-1 in equal runs, one a thread; returns when all are done."""
+    """Does a job for 0 .. count-1; returns when all are done.
+
+    One after the other while they are quick (a file in the page cache is read in less time than a thread is woken);
+    as soon as they turn out slow, the rest in equal runs, one a thread.
+    """
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="data-read") if threads > 1 else None
 
     def each(self, job: Callable[[int], None], count: int) -> None:
-        if self._pool is None:
-            _run_through(job, range(count))
-            return
-        runs = [range(count * i // self._threads, count * (i + 1) // self._threads) for i in range(self._threads)]
+        start_s = time.monotonic()
+        for i in range(count):
+            job(i)
+            if self._pool and time.monotonic() - start_s > QUICK_S * (i + 1):
+                self._share(job, range(i + 1, count))
+                return
+
+    def _share(self, job: Callable[[int], None], rest: range) -> None:
+        assert self._pool is not None
+        runs = [rest[len(rest) * i // self._threads : len(rest) * (i + 1) // self._threads] for i in range(self._threads)]
         for done in [self._pool.submit(_run_through, job, run) for run in runs if run]:
             done.result()
 

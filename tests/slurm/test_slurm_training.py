@@ -15,16 +15,7 @@ from tests.unit.launch.cases import ROOT, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
 
-CONFIG = """
-name: trial
-runs_folder: {folder}/runs
-data:
-  {{source: synthetic, image_size: 32, eval_resize: 32, eval_image_size: 32,
-    synthetic_images: 64, synthetic_classes: 4}}
-model: {{network: ini_resnet20, fold_width: 8}}
-train: {{epochs: 1, global_batch: 16, eval_batch_per_rank: 4}}
-optim: {{warmup_epochs: 0}}
-"""
+CONFIG = ROOT / "configs" / "demo" / "digits.yaml"
 LIMIT_S = 150.0
 
 
@@ -51,21 +42,23 @@ def ended(folder: RunFolder, job: str) -> JobRecord:
     return record
 
 
-def test_two_nodes_train_stop_and_go_on(tmp_path: Path) -> None:
-    config = tmp_path / "trial.yaml"
-    config.write_text(CONFIG.format(folder=tmp_path))
-    folder = RunFolder(tmp_path / "runs" / "trial")
+def test_the_demo_s_config_trains_on_two_nodes_stops_and_goes_on(tmp_path: Path) -> None:
+    """Real digits through DALI, one rank a node: the config of the demo with a cluster file laid over it."""
+    digits = [sys.executable, "-m", "tools.import_dataset", "digits", "--out", str(tmp_path / "digits")]
+    subprocess.run(digits, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    place = (f"runs_folder={tmp_path}/runs", f"data.root={tmp_path}/digits", "train.epochs=1")
+    folder = RunFolder(tmp_path / "runs" / "digits")
 
-    first = ended(folder, submit(config, "train.stop_after_steps=2"))
+    first = ended(folder, submit(CONFIG, *place, "train.stop_after_steps=2"))
     assert (first.exit_code, first.nodes, first.ranks) == (75, ("node1", "node2"), 2)
     assert [path.name for path in folder.checkpoints.iterdir()] == ["step_000000002"]
     assert json.loads(folder.plan.read_text())["world_size"] == 2
     shards = {path.name for path in folder.step(2).glob("*.safetensors")}
     assert shards == {"shard_00000-of-00002.safetensors", "shard_00001-of-00002.safetensors"}
 
-    second = ended(folder, submit(config))
+    second = ended(folder, submit(CONFIG, *place))
     assert (second.exit_code, second.why) == (0, "done")
     assert "resuming after step 2" in folder.rank_log(second.job, 0).read_text()
-    assert folder.step(4).is_dir()
+    assert folder.step(22).is_dir()
     steps = [json.loads(line)["step"] for line in folder.rank_metrics(1).read_text().splitlines()]
-    assert max(steps) == 4
+    assert max(steps) == 22
