@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ii_dist.checkpoint import CheckpointStore, Lease, RunFacts, Saver, take_lease
+from ii_dist.checkpoint.disk import replace_file
 from ii_dist.config import (
     ConfigError,
     Plan,
@@ -125,7 +126,7 @@ def _own_folder(
         stack.callback(lease.release)
         taken.append(lease)
         _write_config(cfg, folder, new_config)
-        folder.plan.write_text(json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
+        replace_file(folder.plan, (json.dumps(dataclasses.asdict(plan), indent=2) + "\n").encode())
         return ""
 
     on_rank0(world, own)
@@ -140,7 +141,7 @@ def _write_config(cfg: RunConfig, folder: RunFolder, new_config: bool) -> None:
                 f"{folder.config}: this run was started with other settings ({'; '.join(changed)}); "
                 "restore them, use another name=..., or go on with --new-config"
             )
-    folder.config.write_text(dump_config(cfg))
+    replace_file(folder.config, dump_config(cfg).encode())
 
 
 def _open_sources(
