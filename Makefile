@@ -1,4 +1,4 @@
-# make setup | demo | test | check | bench | gpu-check
+# make setup | demo | test | check | bench | study-gates | gpu-check
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Both set up first.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DATA := data/digits
 
-.PHONY: setup demo test check bench gpu-check clean
+.PHONY: setup demo test check bench study-gates gpu-check clean
 
 setup: $(VENV)/.setup-done
 
@@ -28,6 +28,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+study-gates: setup
+	$(BIN)/python -m benchmarks.study_gates
 
 bench: setup
 	$(BIN)/python -m benchmarks.run_all

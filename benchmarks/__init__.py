@@ -1,1 +1,1 @@
-"""What the project costs, measured against the bare thing: loader, step, start-up. `make bench` runs all."""
+"""What the project costs, measured against the bare thing: loader, step, start-up, models. `make bench` runs all."""

@@ -12,7 +12,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-PARTS = ("loader", "step", "startup")
+PARTS = ("loader", "step", "startup", "models")
 RESULTS = Path("benchmarks/results")
 
 

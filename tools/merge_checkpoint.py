@@ -16,11 +16,12 @@ from typing import Any
 
 import yaml
 
-from ii_dist.checkpoint import Manifest, find_newest, read_manifest, step_folders
+from ii_dist.checkpoint import Manifest, read_manifest, step_folders
 from ii_dist.checkpoint.disk import CHUNK_BYTES, create_file, describe, open_regular, sync_folder
 from ii_dist.checkpoint.shards import TensorSpec, encode_header, file_order, read_header
-from ii_dist.config.errors import EXIT_DONE, CheckpointError, ConfigError
-from ii_dist.config.run_folder import COMMITTED, RunFolder
+from ii_dist.checkpoint.weights import check_target, choose_step, timm_line, weight_names
+from ii_dist.config.errors import EXIT_DONE, CheckpointError
+from ii_dist.config.run_folder import RunFolder
 from tools._border import run
 
 
@@ -36,10 +37,10 @@ class Piece:
 def main(arguments: list[str]) -> int:
     args = _parser().parse_args(arguments)
     out: Path = args.out
-    _check_target(out, args.force)
+    check_target(out, ".safetensors", args.force)
     step = _pick_step(args.path)
     manifest = read_manifest(step)
-    wanted = wanted_tensors(manifest, args.ema)
+    wanted = weight_names(manifest, args.ema)
     size = merge(step, manifest, wanted, out)
     print(f"{out}: {len(wanted)} tensors, {size / 1e6:.1f} MB, from step {manifest.step}{' (EMA)' if args.ema else ''}")
     print(_timm_line(step, manifest, out))
@@ -58,40 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_target(out: Path, force: bool) -> None:
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"--out {out}: needs a name that ends in .safetensors")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {out.parent}")
-    if (out.parent / COMMITTED).exists():
-        raise ConfigError(f"--out {out}: a checkpoint folder takes no other files; choose another place")
-    if os.path.lexists(out) and not (force and out.is_file()):
-        raise ConfigError(f"--out {out}: exists already; choose another name or add --force")
-
-
 def _pick_step(path: Path) -> Path:
-    folders = step_folders(path)
-    if folders == [path]:
+    """A step folder as it is (`merge` hashes what it copies), of a run the newest whole step."""
+    if step_folders(path) == [path]:
         return path
-    found, left_out = find_newest(folders[0].parent)
+    found, left_out = choose_step(path)
     for step in left_out:
         print(step.reason, file=sys.stderr)
-    if found is None:
-        raise CheckpointError(f"{path}: none of its {len(folders)} steps is whole")
     return found.path
-
-
-def wanted_tensors(manifest: Manifest, ema: bool) -> dict[str, str]:
-    """Names in the merged file -> names in the checkpoint. A tensor that has no average is taken as it is."""
-    names = {name.removeprefix("model."): name for name in manifest.tensors if name.startswith("model.")}
-    if not names:
-        raise CheckpointError(f"step {manifest.step}: holds no tensors named model.*")
-    if not ema:
-        return names
-    averages = {name.removeprefix("ema."): name for name in manifest.tensors if name.startswith("ema.")}
-    if not averages:
-        raise CheckpointError(f"step {manifest.step}: holds no EMA weights (engine.ema_half_life_epochs was 0)")
-    return names | averages
 
 
 def merge(step: Path, manifest: Manifest, wanted: dict[str, str], out: Path) -> int:
@@ -185,16 +160,7 @@ def _timm_line(step: Path, manifest: Manifest, out: Path) -> str:
     if config.is_file():
         tree = yaml.safe_load(config.read_text(encoding="utf-8"))
         model = tree.get("model", {}) if isinstance(tree, dict) else {}
-    name = model.get("network", "NETWORK")
-    gate = model.get("gate", "none")
-    arguments = [repr(name), f"gate={gate!r}"]
-    if gate != "none":
-        keys = ("gate_reduction", "fold_width", "lens_filters")
-        arguments += [f"{key}={model[key]!r}" for key in keys if key in model]
-    if (classes := _num_classes(manifest)) is not None:
-        arguments.append(f"num_classes={classes}")
-    arguments.append(f"checkpoint_path={str(out)!r}")
-    return f"import ii_dist.models, timm; model = timm.create_model({', '.join(arguments)})"
+    return timm_line(model, _num_classes(manifest), out)
 
 
 def _num_classes(manifest: Manifest) -> int | None:

@@ -1,4 +1,4 @@
-"""The `ii-dist` command: train, eval, show.
+"""The `ii-dist` command: train, eval, show, models, export.
 
 In: arguments. Out: an exit code (`ii_dist.config.errors`). What needs no torch is checked before it is imported.
 """
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import ii_dist
 from ii_dist.config import Plan, RunConfig, UserError, data_facts, dump_config, load_config, make_plan, ranks_on_a_node
-from ii_dist.config.errors import EXIT_DONE, DataError
+from ii_dist.config.errors import EXIT_DONE, ConfigError, DataError
 from ii_dist.runtime import World, this_process
+from ii_dist.train.export_request import SUFFIXES, plan_export
 
 if TYPE_CHECKING:
     from ii_dist.train.commands import Outcome
@@ -70,7 +71,24 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("overrides", nargs="*", metavar="key=value")
     show.add_argument("--ranks", type=int, default=0, help="ranks to plan for (default: what `launch` would start)")
     show.set_defaults(command=_show)
+    models = commands.add_parser("models", help="every network with every gate: parameters, MACs, published counts")
+    models.set_defaults(command=_models, overrides=[])
+    _add_export(commands)
     return parser
+
+
+def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    export = commands.add_parser(
+        "export", help="a trained network as one file for other programs, checked by running it"
+    )
+    export.add_argument("path", type=Path, help="run folder (its newest whole step), or one of its step_... folders")
+    export.add_argument(
+        "--format", required=True, choices=list(SUFFIXES), help="weights with timm's names, or the computation"
+    )
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to make")
+    export.add_argument("--ema", action="store_true", help="the moving average of the weights instead of the weights")
+    export.add_argument("--force", action="store_true", help="replace FILE if it is there")
+    export.set_defaults(command=_export, overrides=[])
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -91,6 +109,33 @@ def _evaluate(args: argparse.Namespace) -> int:
     from ii_dist.train.commands import evaluate_checkpoint
 
     return _ended(evaluate_checkpoint(cfg, plan, world, args.path))
+
+
+def _models(_args: argparse.Namespace) -> int:
+    from ii_dist.train.commands import list_models
+
+    return _ended(list_models())
+
+
+def _export(args: argparse.Namespace) -> int:
+    if args.overrides:
+        raise ConfigError(f"export takes one checkpoint; {args.overrides[0]!r} is one argument too many")
+    request = plan_export(args.path, args.format, args.out, args.ema, args.force)
+    from ii_dist.train.export import export_checkpoint
+
+    done = export_checkpoint(request)
+    model, data = request.cfg.model, request.cfg.data
+    side, weights = data.eval_image_size, " (EMA)" if request.ema else ""
+    lenses = f", {done.fused_lenses} lenses folded into one filter each" if done.fused_lenses else ""
+    print(
+        f"{request.out}: {done.bytes / 1e6:.1f} MB, {model.network} with gate {model.gate} at step {request.step.step}"
+        f"{weights}{lenses}\n"
+        f"checked on random images: largest difference from the eager network {done.largest_difference:.1e} "
+        f"in logits up to {done.largest_logit:.3g}\n"
+        f"images: float32 N x 3 x {side} x {side}, (pixel / 255 - {list(data.mean)}) / {list(data.std)}\n"
+        f"{done.how_to_load}"
+    )
+    return EXIT_DONE
 
 
 def _ended(outcome: "Outcome") -> int:

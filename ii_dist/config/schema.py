@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
-from ii_dist.config.networks import GATE_NAMES, NETWORKS, fold_widths
+from ii_dist.config.networks import GATE_NAMES, NETWORKS, Shape, fold_widths
 
 Pair = Annotated[tuple[float, float], Strict(False)]
 Triple = Annotated[tuple[float, float, float], Strict(False)]
@@ -88,10 +88,20 @@ class ModelConfig(Slice):
     gate_reduction: Annotated[int, Field(ge=0)] = 0
     """Channels / hidden units of the gate (r); 0 = the network's own: 16, for ini_resnet20 4."""
     fold_width: Annotated[int, Field(ge=0)] = 0
-    """Columns of the folded pseudo-image (k), which must divide the channels of every stage; 0 = the network's own: 16,
-    for ini_resnet20 8."""
+    """Columns of the folded pseudo-image, or groups of channels (k), which must divide the channels of every stage; 0 =
+    the network's own: 16, for ini_resnet20 8, for wide networks 10."""
+    fold_layout: Literal["", "columns", "groups"] = ""
+    """What `fold_width` counts: columns of the image, or groups of consecutive channels, each a row of the residual and
+    a row of the identity; "" = the network's own: columns, for wide networks groups, as in the authors' code."""
+    lens_kernel: Count = 3
+    """Height and width of the lens of fold3x3."""
     lens_filters: Annotated[int, Field(ge=0)] = 0
     """Filters of the lens convolution (m); 0 = planes / 16, as in the authors' code."""
+    lens: Literal["one_filter", "plain"] = "one_filter"
+    """one_filter = the m filters, norm and mean computed as the one filter that they are; plain = one after the other,
+    as in the authors' code: the same numbers and the same checkpoint, slower."""
+    gate_init: Literal["cured", "authors"] = "cured"
+    """authors = lens weights of either sign, with which a pair1x1 gate may never learn; cured = positive ones there."""
     zero_init_last: bool = True
     """Start the last norm of each block at 0, so that a block begins as the identity."""
     drop_path: Fraction = 0.0
@@ -102,19 +112,22 @@ class ModelConfig(Slice):
             raise ValueError(f"network {self.network!r} is not one of {', '.join(NETWORKS)}")
         if self.gate not in GATE_NAMES:
             raise ValueError(f"gate {self.gate!r} is not one of {', '.join(GATE_NAMES)}")
+        shape = NETWORKS[self.network]
         if self.gate == "fold3x3":
-            self._check_fold()
-        if self.gate != "none" and (small := min(NETWORKS[self.network].out_channels)) < self.gate_reduction:
+            self._check_fold(shape)
+        if self.gate != "none" and (small := min(shape.out_channels)) < self.gate_reduction:
             raise ValueError(f"gate_reduction {self.gate_reduction}: needs {small} or less for {self.network}")
         return self
 
-    def _check_fold(self) -> None:
-        channels = sorted(set(NETWORKS[self.network].out_channels))
-        fits = fold_widths(channels)
-        if self.fold_width not in [0, *fits]:
+    def _check_fold(self, shape: Shape) -> None:
+        layout, width = self.fold_layout or shape.fold_layout, self.fold_width or shape.fold_width
+        channels = sorted(set(shape.out_channels))
+        fits = fold_widths(channels, layout, self.lens_kernel)
+        if width not in fits:
+            lens = "" if self.lens_kernel == 3 else f" and a lens of {self.lens_kernel}x{self.lens_kernel}"
             raise ValueError(
-                f"fold_width {self.fold_width}: {self.network} has stages of {', '.join(map(str, channels))} channels; "
-                f"possible widths are {', '.join(map(str, fits))}"
+                f"fold_width {width}: {self.network} has stages of {', '.join(map(str, channels))} channels{lens}; "
+                f"possible {'widths' if layout == 'columns' else 'groups'} are {', '.join(map(str, fits)) or 'none'}"
             )
 
 

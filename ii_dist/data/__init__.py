@@ -7,7 +7,8 @@ In: a `DataConfig`, a `Plan`, a `World`, a seed. Out: a `BatchSource`: normalize
     order           the permutation of an epoch; positions: which part of it a rank's n-th batch takes
     augment         crop windows and flips; evaluation windows
     source          Batch, Position, BatchSource and what a producer is told
-    dali            the DALI pipeline, on CPU and GPU; torch_reader: PIL in threads; synthetic: no files
+    dali            decoded by DALI, on a GPU finished there too; torch_reader: decoded by PIL; synthetic: no files
+    resample        resize, flip and normalize on the CPU, for both readers
     ahead           threads that work ahead, in order
 
 Images are a pure function of (seed, epoch, index row), and rows one of (seed, epoch, position): the number of ranks,

@@ -4,6 +4,7 @@ Threads, not processes: reading, decoding and resizing all release the interpret
 processes, signals reach only the main thread, and no worker can outlive its rank.
 """
 
+import atexit
 import queue
 import threading
 import time
@@ -23,8 +24,10 @@ class Ahead(Generic[Item]):
         self._free_places = threading.Semaphore(depth)
         self._made: queue.SimpleQueue[Item | BaseException] = queue.SimpleQueue()
         self._closed = False
-        # A daemon: an error in the main thread ends the process without waiting for a `close` that never comes.
+        # A daemon: an error in the main thread ends the process without waiting for a `close` that never comes. But
+        # native code that meets an interpreter in pieces aborts the process, so the item in the making is waited for.
         self._thread = threading.Thread(target=self._run, name="data-ahead", daemon=True)
+        atexit.register(self.close)
         self._thread.start()
 
     def next(self) -> Item:
@@ -38,6 +41,7 @@ class Ahead(Generic[Item]):
 
     def close(self) -> None:
         """Stop after the item in the making and wait for that."""
+        atexit.unregister(self.close)
         self._closed = True
         self._free_places.release()
         self._thread.join()
@@ -60,24 +64,26 @@ class Chunks:
     """Does a job for 0 .. count-1; returns when all are done.
 
     One after the other while they are quick (a file in the page cache is read in less time than a thread is woken);
-    as soon as they turn out slow, the rest in equal runs, one a thread.
+    as soon as they turn out to take more than `quick_s` each, the rest in equal runs, one a thread.
     """
 
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
+    def __init__(self, threads: int, quick_s: float = QUICK_S) -> None:
+        self._threads, self._quick_s = threads, quick_s
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="data-read") if threads > 1 else None
 
     def each(self, job: Callable[[int], None], count: int) -> None:
         start_s = time.monotonic()
         for i in range(count):
             job(i)
-            if self._pool and time.monotonic() - start_s > QUICK_S * (i + 1):
+            if self._pool and time.monotonic() - start_s > self._quick_s * (i + 1):
                 self._share(job, range(i + 1, count))
                 return
 
     def _share(self, job: Callable[[int], None], rest: range) -> None:
         assert self._pool is not None
-        runs = [rest[len(rest) * i // self._threads : len(rest) * (i + 1) // self._threads] for i in range(self._threads)]
+        runs = [
+            rest[len(rest) * i // self._threads : len(rest) * (i + 1) // self._threads] for i in range(self._threads)
+        ]
         for done in [self._pool.submit(_run_through, job, run) for run in runs if run]:
             done.result()
 

@@ -1,8 +1,11 @@
-"""The DALI pipeline: one definition for CPU and GPU. The only file that imports DALI, and only when it is asked for.
+"""The DALI pipeline. The only file that imports DALI, and only when it is asked for.
 
 In: a `Request`. Out: batches on the rank's device. DALI gets encoded bytes, windows and flips from outside and draws
-nothing: it decodes only the window, resizes, flips and normalizes (evaluation: decodes whole, resizes, cuts). Labels,
-weights and index rows go round it.
+nothing. Labels, weights and index rows go round it.
+
+On a GPU the pipeline is the whole work: decode (only the window in training), resize, flip or cut, normalize. On the
+CPU it only decodes: its linear resize takes several times as long there as torch's, so `Finisher` does the rest, in a
+thread that works ahead. `_Pipe` runs either pipeline; it belongs to one thread, from the first `run` to `close`.
 """
 
 import logging
@@ -19,7 +22,9 @@ from numpy.typing import NDArray
 
 from ii_dist.config.errors import ClusterError, ConfigError, DataError
 from ii_dist.data.ahead import Ahead, Chunks
+from ii_dist.data.augment import EvalWindows, TrainWindows
 from ii_dist.data.positions import Rows
+from ii_dist.data.resample import Finisher
 from ii_dist.data.source import Batch, Request
 
 _log = logging.getLogger(__name__)
@@ -40,88 +45,125 @@ class _Fed:
     """One batch as DALI is given it. Its arrays must live until DALI has used them: nothing is copied."""
 
     rows: Rows
+    windows: TrainWindows | EvalWindows
     inputs: tuple[Any, ...]
 
 
 class DaliProducer:
-    """Runs a pipeline that is `prefetch_batches` ahead; files are read ahead of that by threads of ours."""
+    """On the CPU: a thread that runs the pipeline and finishes batches ahead. On a GPU: the pipeline, and no more."""
 
     def __init__(self, request: Request) -> None:
-        assert request.index is not None
         _import_dali()
-        self._request, self._index = request, request.index
-        self._on_gpu = request.device != "cpu"
+        self._request, self._on_gpu = request, request.device != "cpu"
         if request.cfg.decode == "gpu" and not self._on_gpu:
             raise ConfigError("data.decode gpu: this rank has no GPU; use data.decode auto")
-        self._chunks = Chunks(min(_READ_THREADS, request.schedule.batch))
-        self._ahead: Ahead[_Fed] | None = None
-        self._pipeline: Any = None
-        self._waiting: deque[_Fed] = deque()  # fed, not yet handed out: the oldest is the one that run() returns
-        self._in_use: deque[_Fed] = deque(maxlen=request.cfg.prefetch_batches + 2)
+        self._reading = Chunks(min(_READ_THREADS, request.schedule.batch))
+        self._finisher = Finisher(request)
+        self._pipe: _Pipe | None = None
+        self._finished: Ahead[Batch] | None = None
         self._first = 0
-        self._error: DataError | None = None
 
     def start(self, number: int) -> None:
         self._stop()
-        self._first, self._error = number, None
+        self._first = number
 
     def next(self) -> Batch:
-        if self._error:
-            raise self._error
-        if self._pipeline is None:
-            self._ahead = Ahead(self._prepare, self._first, self._request.cfg.prefetch_batches)
-            self._pipeline = _build_pipeline(self._request, self._feed)
-        try:
-            (output,) = self._pipeline.run(*self._stream())
-        except RuntimeError as error:
-            self._name_bad_file(error)
-        rows = self._waiting.popleft().rows
+        if self._pipe is None:
+            self._pipe = _Pipe(self._request, self._first, self._reading, decode_only=not self._on_gpu)
+        if self._on_gpu:
+            return self._on_device(self._pipe)
+        if self._finished is None:
+            pipe = self._pipe
+            self._finished = Ahead(lambda _: self._finish(pipe), self._first, self._request.cfg.prefetch_batches)
+        return self._finished.next()
+
+    def close(self) -> None:
+        self._stop()
+        self._reading.close()
+        self._finisher.close()
+
+    def _stop(self) -> None:
+        if self._finished:
+            self._finished.close()  # before the pipe, which its thread is using
+        if self._pipe:
+            self._pipe.close()
+        self._pipe, self._finished = None, None
+
+    def _finish(self, pipe: "_Pipe") -> Batch:
+        fed, output = pipe.run()
+        return self._finisher.batch(fed.rows, fed.windows, lambda i: torch.utils.dlpack.from_dlpack(output[i]))
+
+    def _on_device(self, pipe: "_Pipe") -> Batch:
+        # Results are bound to torch's stream, so that neither side waits on the host for the other.
+        fed, output = pipe.run(torch.cuda.current_stream(self._request.device))
         # The executor shares the buffer with the tensor and takes it back when the last of the two lets go.
         images_NCHW = torch.utils.dlpack.from_dlpack(output.as_tensor())
         if self._request.channels_last:
             images_NCHW = images_NCHW.permute(0, 3, 1, 2)
-        arrays = (self._index.label[rows.index_N].astype(np.int64), rows.weight_N, rows.index_N)
+        assert self._request.index is not None
+        labels_N = self._request.index.label[fed.rows.index_N].astype(np.int64)
+        arrays = (labels_N, fed.rows.weight_N, fed.rows.index_N)
         device = self._request.device
         return Batch(images_NCHW, *(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
 
-    def close(self) -> None:
-        self._stop()
-        self._chunks.close()
 
-    def _stop(self) -> None:
+class _Pipe:
+    """A pipeline that is `prefetch_batches` ahead; files are read ahead of that by threads of ours."""
+
+    def __init__(self, request: Request, first: int, reading: Chunks, decode_only: bool) -> None:
+        assert request.index is not None
+        self._request, self._index, self._reading, self._decode_only = request, request.index, reading, decode_only
+        self._ahead: Ahead[_Fed] = Ahead(self._prepare, first, request.cfg.prefetch_batches)
+        self._pipeline: Any = None
+        self._waiting: deque[_Fed] = deque()  # fed, not yet handed out: the oldest is the one that run() returns
+        self._in_use: deque[_Fed] = deque(maxlen=request.cfg.prefetch_batches + 2)
+        self._error: DataError | None = None
+
+    def run(self, *stream: Any) -> tuple[_Fed, Any]:
+        """What the next batch was made of, and DALI's images. Raises DataError, again by every later call."""
+        if self._error:
+            raise self._error
+        if self._pipeline is None:
+            self._pipeline = _build_pipeline(self._request, self._feed, self._decode_only)
+        try:
+            (output,) = self._pipeline.run(*stream)
+        except RuntimeError as error:
+            self._name_bad_file(error)
+        return self._waiting.popleft(), output
+
+    def close(self) -> None:
         self._pipeline = None
-        if self._ahead:
-            self._ahead.close()
-            self._ahead = None
+        self._ahead.close()
         self._waiting.clear()
         self._in_use.clear()
 
-    def _stream(self) -> tuple[Any, ...]:
-        """Where results are bound to: torch's stream, so that neither side waits on the host for the other."""
-        return (torch.cuda.current_stream(self._request.device),) if self._on_gpu else ()
-
     def _prepare(self, number: int) -> _Fed:
         """Read the files of batch `number` and compute what is to be done to them."""
-        request = self._request
-        rows = request.schedule.rows(number)
+        rows = self._request.schedule.rows(number)
         encoded: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * len(rows.index_N)
 
         def read(i: int) -> None:
             encoded[i] = self._index.read_bytes(int(rows.index_N[i]))
 
-        self._chunks.each(read, len(encoded))
-        if request.train:
-            cut = request.train_windows(rows)
-            return _Fed(rows, (encoded, _pairs(cut.x_N, cut.y_N), _pairs(cut.width_N, cut.height_N), cut.flip_N))
-        fit, side = request.eval_windows(rows), request.side
-        size_N2 = _pairs(fit.resized_height_N, fit.resized_width_N).astype(np.float32)
-        x_share_N = _margin_share(fit.x_N, fit.resized_width_N, side)
-        y_share_N = _margin_share(fit.y_N, fit.resized_height_N, side)
-        return _Fed(rows, (encoded, size_N2, x_share_N, y_share_N))
+        self._reading.each(read, len(encoded))
+        windows = self._request.windows(rows)
+        return _Fed(rows, windows, (encoded, *self._arguments(windows)))
+
+    def _arguments(self, windows: TrainWindows | EvalWindows) -> tuple[Any, ...]:
+        """What the pipeline takes beside the encoded images, in the order of its inputs."""
+        if isinstance(windows, TrainWindows):
+            corner_N2, shape_N2 = _pairs(windows.x_N, windows.y_N), _pairs(windows.width_N, windows.height_N)
+            return (corner_N2, shape_N2) if self._decode_only else (corner_N2, shape_N2, windows.flip_N)
+        if self._decode_only:
+            return ()
+        side = self._request.side
+        size_N2 = _pairs(windows.resized_height_N, windows.resized_width_N).astype(np.float32)
+        x_share_N = _margin_share(windows.x_N, windows.resized_width_N, side)
+        y_share_N = _margin_share(windows.y_N, windows.resized_height_N, side)
+        return size_N2, x_share_N, y_share_N
 
     def _feed(self) -> tuple[Any, ...]:
         """Called by DALI, in the thread that runs the pipeline, when it has room for another batch."""
-        assert self._ahead is not None
         fed = self._ahead.next()
         self._waiting.append(fed)
         self._in_use.append(fed)
@@ -134,7 +176,7 @@ class DaliProducer:
         rows, encoded = self._waiting[0].rows, self._waiting[0].inputs[0]
         found = _SAMPLE.search(str(error))
         bad = int(found[1]) if found else _first_undecodable(encoded)
-        self._stop()
+        self._pipeline = None
         if bad is None:
             raise error
         path = self._index.place(int(rows.index_N[bad]))[0]
@@ -151,9 +193,8 @@ def _import_dali() -> None:
         ) from None
 
 
-def _build_pipeline(request: Request, feed: Feed) -> Any:
-    """The whole graph. Decoding and resizing stay on the CPU for data.decode cpu; normalizing is done where the batch
-    is wanted."""
+def _build_pipeline(request: Request, feed: Feed, decode_only: bool) -> Any:
+    """The graph. With a GPU and data.decode cpu, decoding and resizing stay on the CPU, normalizing does not."""
     from nvidia.dali import Pipeline
 
     on_gpu = request.device != "cpu"
@@ -164,11 +205,10 @@ def _build_pipeline(request: Request, feed: Feed) -> Any:
         num_threads=request.threads,
         device_id=device_id,
         prefetch_queue_depth=request.cfg.prefetch_batches,
-        exec_dynamic=True,  # outputs own their memory: batches can be handed to torch without a copy
+        exec_dynamic=True,  # outputs own their memory: they can be handed to torch without a copy
     )
     with pipeline:
-        images, mirror, crop = (_train_images if request.train else _eval_images)(request, feed, decoder)
-        pipeline.set_outputs(_normalize(request, images.gpu() if on_gpu else images, mirror, crop))
+        pipeline.set_outputs((_decoding_graph if decode_only else _whole_graph)(request, feed, decoder))
     try:
         pipeline.build()
     except RuntimeError as error:
@@ -178,25 +218,52 @@ def _build_pipeline(request: Request, feed: Feed) -> Any:
     return pipeline
 
 
-def _train_images(request: Request, feed: Feed, decoder: str) -> Cut:
-    from nvidia.dali import fn, types
+def _decoding_graph(request: Request, feed: Feed, decoder: str) -> Any:
+    """Windows of training images, whole evaluation images: uint8, each of its own size."""
+    from nvidia.dali import fn
 
-    encoded, corner, shape, flip = fn.external_source(
-        source=feed, num_outputs=4, dtype=[types.UINT8] + [types.INT32] * 3, ndim=[1, 1, 1, 0], no_copy=True
-    )
+    if request.train:
+        encoded, corner, shape = _inputs(feed, ("INT32", 1), ("INT32", 1))
+        return fn.decoders.image_slice(encoded, start=corner, shape=shape, axis_names="WH", **_decoder(decoder))
+    (encoded,) = _inputs(feed)
+    return fn.decoders.image(encoded, **_decoder(decoder))
+
+
+def _whole_graph(request: Request, feed: Feed, decoder: str) -> Any:
+    """Normalized float32 images, all of one size."""
+    images, mirror, crop = (_train_images if request.train else _eval_images)(request, feed, decoder)
+    return _normalize(request, images.gpu() if request.device != "cpu" else images, mirror, crop)
+
+
+def _train_images(request: Request, feed: Feed, decoder: str) -> Cut:
+    from nvidia.dali import fn
+
+    encoded, corner, shape, flip = _inputs(feed, ("INT32", 1), ("INT32", 1), ("INT32", 0))
     images = fn.decoders.image_slice(encoded, start=corner, shape=shape, axis_names="WH", **_decoder(decoder))
     return fn.resize(images, size=(request.side, request.side), **_linear()), flip, {}
 
 
 def _eval_images(request: Request, feed: Feed, decoder: str) -> Cut:
-    from nvidia.dali import fn, types
+    from nvidia.dali import fn
 
-    encoded, size, crop_x, crop_y = fn.external_source(
-        source=feed, num_outputs=4, dtype=[types.UINT8] + [types.FLOAT] * 3, ndim=[1, 1, 0, 0], no_copy=True
-    )
+    encoded, size, crop_x, crop_y = _inputs(feed, ("FLOAT", 1), ("FLOAT", 0), ("FLOAT", 0))
     images = fn.resize(fn.decoders.image(encoded, **_decoder(decoder)), size=size, **_linear())
     side = (request.side, request.side)
     return images, 0, {"crop": side, "crop_pos_x": crop_x, "crop_pos_y": crop_y, "rounding": "round"}
+
+
+def _inputs(feed: Feed, *arguments: tuple[str, int]) -> Any:
+    """The encoded images, then the arguments: name of a DALI type and number of axes of each."""
+    from nvidia.dali import fn, types
+
+    columns = (("UINT8", 1), *arguments)
+    return fn.external_source(
+        source=feed,
+        num_outputs=len(columns),
+        dtype=[getattr(types, name) for name, _ in columns],
+        ndim=[axes for _, axes in columns],
+        no_copy=True,
+    )
 
 
 def _normalize(request: Request, images: Any, mirror: Any, crop: dict[str, Any]) -> Any:

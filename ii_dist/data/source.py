@@ -83,14 +83,12 @@ class Request:
         """Height and width of the images, pixels."""
         return self.cfg.image_size if self.train else self.cfg.eval_image_size
 
-    def train_windows(self, rows: Rows) -> TrainWindows:
+    def windows(self, rows: Rows) -> TrainWindows | EvalWindows:
+        """What is cut out of the images of one batch."""
         assert self.index is not None
         width_N, height_N = self.index.width[rows.index_N], self.index.height[rows.index_N]
-        return train_windows(self.seed, rows.epoch, rows.index_N, width_N, height_N, self.cfg.augment)
-
-    def eval_windows(self, rows: Rows) -> EvalWindows:
-        assert self.index is not None
-        width_N, height_N = self.index.width[rows.index_N], self.index.height[rows.index_N]
+        if self.train:
+            return train_windows(self.seed, rows.epoch, rows.index_N, width_N, height_N, self.cfg.augment)
         return eval_windows(width_N, height_N, self.cfg.eval_resize, self.cfg.eval_image_size)
 
 

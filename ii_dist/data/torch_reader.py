@@ -1,20 +1,21 @@
-"""The same batches without DALI: PIL decodes, cuts, resizes and flips in threads.
+"""The same batches without DALI: PIL decodes in threads.
 
-In: a `Request`. Out: batches on the rank's device. Windows and flips are those of the DALI pipeline; pixels differ a
-little, because two libraries resample in different precision.
+In: a `Request`. Out: batches on the rank's device. Everything but the decoder is what the DALI reader does on the CPU.
 """
 
 import io
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from ii_dist.config.errors import DataError
-from ii_dist.data.ahead import Ahead, Chunks
-from ii_dist.data.augment import EvalWindows, TrainWindows
+from ii_dist.data.ahead import Ahead
+from ii_dist.data.augment import TrainWindows
+from ii_dist.data.resample import Finisher
 from ii_dist.data.source import Batch, Request
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 class TorchProducer:
@@ -23,11 +24,9 @@ class TorchProducer:
     def __init__(self, request: Request) -> None:
         assert request.index is not None
         self._request, self._index = request, request.index
-        self._chunks = Chunks(request.threads)
+        self._finisher = Finisher(request)
         self._ahead: Ahead[Batch] | None = None
         self._first = 0
-        self._mean_C = np.array(request.cfg.mean, dtype=np.float32) * 255
-        self._scale_C = 1 / (np.array(request.cfg.std, dtype=np.float32) * 255)
 
     def start(self, number: int) -> None:
         self._stop()
@@ -44,7 +43,7 @@ class TorchProducer:
 
     def close(self) -> None:
         self._stop()
-        self._chunks.close()
+        self._finisher.close()
 
     def _stop(self) -> None:
         if self._ahead:
@@ -52,42 +51,30 @@ class TorchProducer:
             self._ahead = None
 
     def _make(self, number: int) -> Batch:
-        request = self._request
-        rows = request.schedule.rows(number)
-        windows = request.train_windows(rows) if request.train else request.eval_windows(rows)
-        side, count = request.side, len(rows.index_N)
-        images = np.empty((count, side, side, 3) if request.channels_last else (count, 3, side, side), np.float32)
+        rows = self._request.schedule.rows(number)
+        windows = self._request.windows(rows)
 
-        def make_image(i: int) -> None:
-            pixels_HWC = self._pixels(int(rows.index_N[i]), i, windows).astype(np.float32)
-            pixels_HWC -= self._mean_C
-            pixels_HWC *= self._scale_C
-            images[i] = pixels_HWC if request.channels_last else pixels_HWC.transpose(2, 0, 1)
+        def decoded(i: int) -> torch.Tensor:
+            return self._decode(int(rows.index_N[i]), _box(windows, i) if isinstance(windows, TrainWindows) else None)
 
-        self._chunks.each(make_image, count)
-        images_NCHW = torch.from_numpy(images)
-        if request.channels_last:
-            images_NCHW = images_NCHW.permute(0, 3, 1, 2)
-        if request.device != "cpu":
-            images_NCHW = images_NCHW.pin_memory()
-        arrays = (self._index.label[rows.index_N].astype(np.int64), rows.weight_N, rows.index_N)
-        return Batch(images_NCHW, *(torch.from_numpy(array) for array in arrays))
+        batch = self._finisher.batch(rows, windows, decoded)
+        if self._request.device == "cpu":
+            return batch
+        return Batch(batch.images_NCHW.pin_memory(), batch.labels_N, batch.weight_N, batch.index_N)
 
-    def _pixels(self, row: int, i: int, windows: TrainWindows | EvalWindows) -> NDArray[np.uint8]:
-        """Image `row` cut as the i-th windows say: uint8, height x width x 3."""
+    def _decode(self, row: int, box: Box | None) -> torch.Tensor:
+        """Image `row`, or what lies in `box`: uint8, height x width x 3."""
         content = self._index.read_bytes(row)
         try:
             with Image.open(io.BytesIO(content.data)) as file:
-                image = file.convert("RGB")
+                # Cut first: the conversion works pixel by pixel, and copies even what is RGB already.
+                image = (file.crop(box) if box else file).convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error).splitlines()[0]
             raise DataError(f"{self._index.place(row)[0]}: cannot be decoded ({reason})") from None
-        side = self._request.side
-        if isinstance(windows, TrainWindows):
-            x, y = int(windows.x_N[i]), int(windows.y_N[i])
-            cut = image.crop((x, y, x + int(windows.width_N[i]), y + int(windows.height_N[i])))
-            cut = cut.resize((side, side), Image.Resampling.BILINEAR)
-            return np.asarray(cut)[:, ::-1] if windows.flip_N[i] else np.asarray(cut)
-        size = int(windows.resized_width_N[i]), int(windows.resized_height_N[i])
-        x, y = int(windows.x_N[i]), int(windows.y_N[i])
-        return np.asarray(image.resize(size, Image.Resampling.BILINEAR).crop((x, y, x + side, y + side)))
+        return torch.from_numpy(np.array(image))
+
+
+def _box(windows: TrainWindows, i: int) -> Box:
+    x, y = int(windows.x_N[i]), int(windows.y_N[i])
+    return x, y, x + int(windows.width_N[i]), y + int(windows.height_N[i])

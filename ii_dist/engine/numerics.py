@@ -54,7 +54,9 @@ class FlatBuffers:
         self.flat = torch.empty(sum(b.numel() for _, _, b in named), device=device)
         start = 0
         for module, name, buffer in named:
-            view = self.flat[start : start + buffer.numel()].view(buffer.shape)
+            # .data: the same memory with a version counter of its own. Otherwise a module that updates its statistics
+            # in place would make autograd think that those of all others, saved for their backward, had changed.
+            view = self.flat[start : start + buffer.numel()].view(buffer.shape).data
             view.copy_(buffer)
             module._buffers[name] = view
             start += buffer.numel()

@@ -4,7 +4,8 @@ In: a step's device tensors (`means.RunningMeans`), ticks of a clock (`StepClock
 them all) on boards (`make_boards`: TensorBoard, JSON lines, console), a summary at the end, and the same numbers read
 back over all ranks (`read_run`).
 
-`means` and `memory` import torch and are imported by their own name; reports need neither.
+`means`, `memory` and `pictures` (PNG files beside the curves) import torch and are imported by their own name; reports
+need none of them.
 """
 
 from ii_dist.metrics.boards import BOARDS, Board, make_boards

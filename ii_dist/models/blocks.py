@@ -1,9 +1,10 @@
-"""timm's residual blocks with a gate between residual and identity.
+"""timm's residual blocks with a gate between residual and identity, and the sum that every gated block ends with.
 
 In: x_NCHW. Out: act(residual * scale + identity), scale being the gate's answer to both. Without a gate a block is
 timm's, parameter for parameter and bit for bit.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 from ii_dist.models.compat import BasicBlock, Bottleneck
 from ii_dist.models.gates import GateChoice, make_gate
 
+_IN_A_GATE = re.compile(r"layer\d+\.\d+\.gate\.")
+
 
 class GatedBasicBlock(BasicBlock):  # type: ignore[misc]
     """Two 3x3 convolutions. Takes timm's arguments and the gate."""
 
     def __init__(self, inplanes: int, planes: int, *args: Any, gate: GateChoice, **kwargs: Any) -> None:
         super().__init__(inplanes, planes, *args, **kwargs)
-        self.gate = _gate_of_block(gate, planes * self.expansion, planes, **kwargs)
+        self.gate = gate_of_block(gate, planes * self.expansion, planes, kwargs.get("device"), kwargs.get("dtype"))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         if self.gate is None:
@@ -33,7 +36,7 @@ class GatedBottleneck(Bottleneck):  # type: ignore[misc]
 
     def __init__(self, inplanes: int, planes: int, *args: Any, gate: GateChoice, **kwargs: Any) -> None:
         super().__init__(inplanes, planes, *args, **kwargs)
-        self.gate = _gate_of_block(gate, planes * self.expansion, planes, **kwargs)
+        self.gate = gate_of_block(gate, planes * self.expansion, planes, kwargs.get("device"), kwargs.get("dtype"))
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         if self.gate is None:
@@ -44,9 +47,36 @@ class GatedBottleneck(Bottleneck):  # type: ignore[misc]
         return _join(self, residual, x_NCHW, self.act3)
 
 
-def _gate_of_block(gate: GateChoice, channels: int, planes: int, **kwargs: Any) -> nn.Module | None:
-    module = make_gate(gate.name, channels, planes, gate.reduction, gate.fold_width, gate.lens_filters)
-    return module and module.to(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
+def gate_of_block(
+    gate: GateChoice,
+    channels: int,
+    planes: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module | None:
+    """A gate for a block of `planes` wide 3x3 convolutions that `channels` leave; None for the choice `none`."""
+    module = make_gate(gate, channels, planes)
+    return module and module.to(device=device, dtype=dtype)
+
+
+def init_convolutions(model: nn.Module) -> None:
+    """Start convolutions as He et al. do (fan out), as timm does; a gate keeps the start that it gave itself."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and not _IN_A_GATE.match(name):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def gated_sum(
+    gate: nn.Module | None, drop_path: nn.Module | None, residual_NCHW: Tensor, identity_NCHW: Tensor
+) -> Tensor:
+    """residual * scale + identity, with the gate's scale of both; without a gate their plain sum."""
+    if gate is None:
+        return (residual_NCHW if drop_path is None else drop_path(residual_NCHW)) + identity_NCHW
+    scale_NC11 = gate(residual_NCHW, identity_NCHW)
+    if drop_path is not None:
+        # Drops whole samples, so it may act on N x C factors instead of the N x C x H x W residual.
+        scale_NC11 = drop_path(scale_NC11)
+    return _scale_add(residual_NCHW, scale_NC11, identity_NCHW)
 
 
 def _join(block: Any, residual_NCHW: Tensor, x_NCHW: Tensor, act: nn.Module) -> Tensor:
@@ -54,11 +84,7 @@ def _join(block: Any, residual_NCHW: Tensor, x_NCHW: Tensor, act: nn.Module) -> 
     if block.se is not None:
         residual_NCHW = block.se(residual_NCHW)
     identity_NCHW = x_NCHW if block.downsample is None else block.downsample(x_NCHW)
-    scale_NC11 = block.gate(residual_NCHW, identity_NCHW)
-    if block.drop_path is not None:
-        # Drops whole samples, so it may act on N x C factors instead of the N x C x H x W residual.
-        scale_NC11 = block.drop_path(scale_NC11)
-    joined: Tensor = act(_scale_add(residual_NCHW, scale_NC11, identity_NCHW))
+    joined: Tensor = act(gated_sum(block.gate, block.drop_path, residual_NCHW, identity_NCHW))
     return joined
 
 

@@ -39,18 +39,40 @@ def ensure_torchvision() -> None:
 ensure_torchvision()
 
 try:
+    from timm.layers import BlurPool2d, DropPath, create_classifier
     from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+    from timm.models._efficientnet_blocks import (
+        CondConvResidual,
+        ConvBnAct,
+        DepthwiseSeparableConv,
+        EdgeResidual,
+        InvertedResidual,
+        UniversalInvertedResidual,
+    )
     from timm.models._features import feature_take_indices
+    from timm.models.convnext import ConvNeXtBlock
+    from timm.models.regnet import Bottleneck as RegNetBottleneck
     from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 except ModuleNotFoundError as missing:
     raise ClusterError(f"{missing.name} is missing: pip install timm==1.0.31") from missing
 
 __all__ = [
     "BasicBlock",
+    "BlurPool2d",
     "Bottleneck",
+    "CondConvResidual",
+    "ConvBnAct",
+    "ConvNeXtBlock",
+    "DepthwiseSeparableConv",
+    "DropPath",
+    "EdgeResidual",
+    "InvertedResidual",
+    "RegNetBottleneck",
     "ResNet",
+    "UniversalInvertedResidual",
     "build_model_with_cfg",
     "checkpoint_seq",
+    "create_classifier",
     "ensure_torchvision",
     "feature_take_indices",
     "generate_default_cfgs",

@@ -2,19 +2,36 @@
 
 In: residual_NCHW (after its last norm) and identity_NCHW (after the projection, where there is one). Out: scale_NC11 in
 (0, 1), which the block multiplies the residual by. `GATES` is the only list of gates; a new one is a row there, a name
-in `ii_dist.config.networks` and nothing else.
+in `ii_dist.config.networks` and nothing else. With u, v the channel signals of residual and identity, h hidden units,
+and without biases, as in the authors' public code:
+
+    none        no module
+    se          sigmoid(W2 relu(W1 u)): squeeze and excite, which does not see the identity
+    double_fc   sigmoid(W2 [relu(Wu u), relu(Wv v)])
+    pair1x1     squeeze and excite of a 1x1 lens's view of the C x 2 image of pairs: 2C numbers
+    pair2x1     the same with a lens that takes a pair at a time: C numbers
+    fold3x3     the same with a 3x3 lens over the folded image of both: Inner-Imaging
+
+The dead gate: a lens of one tap only standardizes the signals and multiplies them by the mean of sign(w_j) g_j over its
+filters. Where as many filters start positive as negative that is 0, and behind it, without biases, no gradient reaches
+anything: the gate stays at one half for ever. So such a lens starts with positive weights here (`gate_init: cured`);
+`authors` draws them with either sign. Lenses of more taps do not cancel so.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, Self
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ii_dist.config.errors import ConfigError
-from ii_dist.config.networks import fold_widths
-from ii_dist.models.imaging import channel_signals, fold_columns, fold_columns_shape
+from ii_dist.config.networks import FOLD_LAYOUTS, GATE_INITS, LENS_FORMS, fold_shape, fold_widths
+from ii_dist.models.imaging import channel_signals, fold_image, pair_image
+from ii_dist.models.lens import Lens
+
+AUTHORS_FOLD = {"columns": 16, "groups": 10}
 
 
 class Gate(Protocol):
@@ -27,25 +44,38 @@ class Gate(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GateChoice:
-    """Which gate every block of a network gets. The defaults are those of the authors' public code."""
+    """Which gate every block of a network gets. The defaults are those of the authors' public code, but for the start
+    of a one-tap lens (see above) and for how a lens is computed."""
 
     name: str = "fold3x3"
     reduction: int = 16
     """Channels / hidden units (r)."""
-    fold_width: int = 16
-    """Columns of the folded image (k)."""
+    fold_width: int = 0
+    """Columns of the folded image, or groups of channels (k); 0 = 16 columns, 10 groups."""
     lens_filters: int = 0
     """Filters of the lens (m); 0 = planes / 16."""
+    fold_layout: str = "columns"
+    """What `fold_width` counts: `columns` or `groups` (see `ii_dist.models.imaging`)."""
+    lens_kernel: int = 3
+    """Height and width of the lens of fold3x3."""
+    lens: str = "one_filter"
+    """How a lens is computed: `one_filter` or `plain` (see `ii_dist.models.lens`); the same numbers."""
+    gate_init: str = "cured"
+    """`cured` or `authors`: see the dead gate above."""
 
 
 @dataclass(frozen=True, slots=True)
 class GateShape:
-    """One gate's sizes: channels to rescale, hidden units, columns of the folded image, filters of the lens."""
+    """One gate's sizes: channels to rescale, hidden units, filters of the lens; the rest as chosen."""
 
     channels: int
     hidden: int
-    fold_width: int
-    lens_filters: int
+    filters: int
+    choice: GateChoice
+
+    def lens(self, kernel: tuple[int, int]) -> Lens:
+        one_tap = kernel == (1, 1)
+        return Lens(self.filters, kernel, self.choice.lens, positive=one_tap and self.choice.gate_init == "cured")
 
 
 class SqueezeExcite(nn.Module):
@@ -56,10 +86,8 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, shape: GateShape, signals: int | None = None) -> None:
         super().__init__()
-        self.squeeze = nn.Linear(signals or shape.channels, shape.hidden, bias=False)
-        self.excite = nn.Linear(shape.hidden, shape.channels, bias=False)
-        for layer in (self.squeeze, self.excite):  # Xavier, as in the authors' training script
-            nn.init.xavier_uniform_(layer.weight)
+        self.squeeze = _linear(signals or shape.channels, shape.hidden)
+        self.excite = _linear(shape.hidden, shape.channels)
 
     def forward(self, residual_NCHW: Tensor, identity_NCHW: Tensor) -> Tensor:
         return self.factors(channel_signals(residual_NCHW))
@@ -70,45 +98,54 @@ class SqueezeExcite(nn.Module):
         return scale_NC[:, :, None, None]
 
 
-class Lens(nn.Module):
-    """Convolution without padding over the pseudo-image, norm, mean over filters: image_N1HW -> view_Nhw.
+class DoubleFC(nn.Module):
+    """Residual and identity squeezed apart, excited together."""
 
-    There is no activation between norm and mean, as in the authors' code.
-    """
-
-    def __init__(self, filters: int, kernel_size: int) -> None:
+    def __init__(self, shape: GateShape) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(1, filters, kernel_size, bias=False)
-        self.norm = nn.BatchNorm2d(filters)
+        self.squeeze = _linear(shape.channels, shape.hidden)
+        self.squeeze_identity = _linear(shape.channels, shape.hidden)
+        self.excite = _linear(2 * shape.hidden, shape.channels)
 
-    def forward(self, image_N1HW: Tensor) -> Tensor:
-        view_Nhw: Tensor = self.norm(self.conv(image_N1HW)).mean(1)
-        return view_Nhw
+    def forward(self, residual_NCHW: Tensor, identity_NCHW: Tensor) -> Tensor:
+        squeezed = (self.squeeze(channel_signals(residual_NCHW)), self.squeeze_identity(channel_signals(identity_NCHW)))
+        scale_NC: Tensor = self.excite(F.relu(torch.cat(squeezed, dim=1), inplace=True)).sigmoid()
+        return scale_NC[:, :, None, None]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow the network to its device, dtype and memory format.
 
-        With one input channel the weight is channels_last and plain at once; only its strides choose the kernel. Kept
-        plain, the convolution takes a third of the time on CPU. Gradient and momentum then get the same strides.
-        """
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        weight = self.conv.weight
-        weight.data = weight.data.flatten(1).view(weight.shape)
-        return self
+class PairGate(SqueezeExcite):
+    """A lens over the C x 2 image of pairs; `taps` 1 sees one signal at a time, 2 a pair. Then squeeze and excite."""
+
+    def __init__(self, shape: GateShape, taps: int) -> None:
+        super().__init__(shape, signals=shape.channels * (3 - taps))
+        self.lens = shape.lens((1, taps))
+
+    def forward(self, residual_NCHW: Tensor, identity_NCHW: Tensor) -> Tensor:
+        image_N1HW = pair_image(channel_signals(residual_NCHW), channel_signals(identity_NCHW))
+        return self.factors(self.lens(image_N1HW).flatten(1))
 
 
 class FoldGate(SqueezeExcite):
-    """Inner-Imaging: a 3x3 lens over the folded image of residual and identity signals, then squeeze and excite."""
+    """Inner-Imaging: a lens over the folded image of residual and identity signals, then squeeze and excite."""
 
     def __init__(self, shape: GateShape) -> None:
-        height, width = fold_columns_shape(shape.channels, shape.fold_width)
-        super().__init__(shape, signals=(height - 2) * (width - 2))
-        self.fold_width = shape.fold_width
-        self.lens = Lens(shape.lens_filters, kernel_size=3)
+        choice = shape.choice
+        height, width = fold_shape(shape.channels, choice.fold_width, choice.fold_layout)
+        lost = choice.lens_kernel - 1
+        super().__init__(shape, signals=(height - lost) * (width - lost))
+        self.fold_width, self.fold_layout = choice.fold_width, choice.fold_layout
+        self.lens = shape.lens((choice.lens_kernel, choice.lens_kernel))
 
     def forward(self, residual_NCHW: Tensor, identity_NCHW: Tensor) -> Tensor:
-        image_N1HW = fold_columns(channel_signals(residual_NCHW), channel_signals(identity_NCHW), self.fold_width)
+        u_NC, v_NC = channel_signals(residual_NCHW), channel_signals(identity_NCHW)
+        image_N1HW = fold_image(u_NC, v_NC, self.fold_width, self.fold_layout)
         return self.factors(self.lens(image_N1HW).flatten(1))
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.xavier_uniform_(layer.weight)  # as in the authors' training script
+    return layer
 
 
 def _no_gate(shape: GateShape) -> None:
@@ -116,11 +153,13 @@ def _no_gate(shape: GateShape) -> None:
 
 
 def _fold3x3(shape: GateShape) -> FoldGate:
-    possible = fold_widths([shape.channels])
-    if shape.fold_width not in possible:
+    choice, channels = shape.choice, shape.channels
+    possible = fold_widths([channels], choice.fold_layout, choice.lens_kernel)
+    if choice.fold_width not in possible:
+        side, counted = choice.lens_kernel, choice.fold_layout
         raise ConfigError(
-            f"fold_width {shape.fold_width}: {shape.channels} channels cannot be folded so (the width must divide them "
-            f"and leave 3x3 or more); possible: {', '.join(map(str, possible)) or 'none'}"
+            f"fold_width {choice.fold_width}: {channels} channels cannot be folded so ({counted} must divide them "
+            f"and leave {side}x{side} or more); possible: {', '.join(map(str, possible)) or 'none'}"
         )
     return FoldGate(shape)
 
@@ -128,21 +167,36 @@ def _fold3x3(shape: GateShape) -> FoldGate:
 GATES: dict[str, Callable[[GateShape], nn.Module | None]] = {
     "none": _no_gate,
     "se": SqueezeExcite,
+    "double_fc": DoubleFC,
+    "pair1x1": lambda shape: PairGate(shape, taps=1),
+    "pair2x1": lambda shape: PairGate(shape, taps=2),
     "fold3x3": _fold3x3,
 }
 
 
-def make_gate(
-    name: str, channels: int, planes: int, reduction: int = 16, fold_width: int = 16, lens_filters: int = 0
-) -> nn.Module | None:
+def make_gate(gate: str | GateChoice, channels: int, planes: int, **options: Any) -> nn.Module | None:
     """The gate of one block (a `Gate`), or None for `none`.
 
-    channels: what leaves the block; planes: width of its 3x3 convolution; lens_filters 0 = planes / 16.
+    gate: a choice, or the name of one; options: fields of `GateChoice` that are to be others.
+    channels: what leaves the block; planes: width of its 3x3 convolution.
     Raises ConfigError for an unknown name or sizes that cannot be.
     """
-    if name not in GATES:
-        raise ConfigError(f"gate {name!r} is not one of {', '.join(GATES)}")
-    if name != "none" and not 1 <= reduction <= channels:
-        raise ConfigError(f"gate_reduction {reduction}: needs 1 to {channels} for a block of {channels} channels")
-    filters = lens_filters or max(1, planes // 16)
-    return GATES[name](GateShape(channels, channels // reduction, fold_width, filters))
+    choice = replace(gate, **options) if isinstance(gate, GateChoice) else GateChoice(gate, **options)
+    _known("gate", choice.name, GATES)
+    _known("fold_layout", choice.fold_layout, FOLD_LAYOUTS)
+    _known("lens", choice.lens, LENS_FORMS)
+    _known("gate_init", choice.gate_init, GATE_INITS)
+    if choice.name != "none" and not 1 <= choice.reduction <= channels:
+        raise ConfigError(
+            f"gate_reduction {choice.reduction}: needs 1 to {channels} for a block of {channels} channels"
+        )
+    if choice.lens_kernel < 1:
+        raise ConfigError(f"lens_kernel {choice.lens_kernel}: needs 1 or more")
+    choice = replace(choice, fold_width=choice.fold_width or AUTHORS_FOLD[choice.fold_layout])
+    filters = choice.lens_filters or max(1, planes // 16)
+    return GATES[choice.name](GateShape(channels, channels // choice.reduction, filters, choice))
+
+
+def _known(key: str, value: str, table: Any) -> None:
+    if value not in table:
+        raise ConfigError(f"{key} {value!r} is not one of {', '.join(table)}")

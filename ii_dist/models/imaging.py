@@ -1,13 +1,20 @@
 """Channel signals and the pseudo-images made of them. Pure functions.
 
 In: feature maps. Out: one signal a channel (x_NC), and the signals of residual and identity laid out as a one-channel
-image for a lens to look at (image_N1HW). The layouts are those of the authors' public code.
+image for a lens to look at (image_N1HW). The layouts are those of the authors' public code, where the one for ResNets
+is told its columns, the one for wide networks its groups:
+
+    pair      C rows of 2: one channel's residual and identity side by side
+    columns   `fold` columns, 2C / fold rows; residual and identity rows take turns
+    groups    `fold` groups of consecutive channels, two rows each: C / fold columns, 2 * fold rows
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ii_dist.config.networks import fold_shape
 
 
 def channel_signals(x_NCHW: Tensor) -> Tensor:
@@ -18,21 +25,22 @@ def channel_signals(x_NCHW: Tensor) -> Tensor:
     return signals_NC
 
 
-def fold_columns(residual_NC: Tensor, identity_NC: Tensor, width: int) -> Tensor:
-    """Fold two rows of C signals into an image of `width` columns: image_N1HW with H = 2 * C / width, W = width.
+def pair_image(residual_NC: Tensor, identity_NC: Tensor) -> Tensor:
+    """Row c holds channel c of the residual and of the identity: image_N1HW with H = C, W = 2."""
+    return torch.stack((residual_NC, identity_NC), dim=2)[:, None]
 
-    Row 2i holds channels i*width .. (i+1)*width of the residual, row 2i+1 the same channels of the identity, so that a
-    3x3 lens sees neighbouring channels of both. `width` must divide C.
+
+def fold_image(residual_NC: Tensor, identity_NC: Tensor, fold: int, layout: str = "columns") -> Tensor:
+    """Fold two rows of C signals into an image of consecutive channels: image_N1HW, sides as in `fold_shape`.
+
+    Row 2i holds the i-th run of channels of the residual, row 2i+1 the same channels of the identity, so that a 3x3
+    lens sees neighbouring channels of both. A run is one row: `fold` channels, or C / fold of them where `fold` counts
+    groups. `fold` must divide C.
     """
     batch, channels = residual_NC.shape
-    groups = channels // width
-    rows = (residual_NC.view(batch, groups, width), identity_NC.view(batch, groups, width))
-    return torch.stack(rows, dim=2).view(batch, 1, 2 * groups, width)
-
-
-def fold_columns_shape(channels: int, width: int) -> tuple[int, int]:
-    """Height and width of the image that `fold_columns` makes."""
-    return 2 * channels // width, width
+    height, width = fold_shape(channels, fold, layout)
+    rows = (residual_NC.view(batch, -1, width), identity_NC.view(batch, -1, width))
+    return torch.stack(rows, dim=2).view(batch, 1, height, width)
 
 
 class _Mean(torch.autograd.Function):

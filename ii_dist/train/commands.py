@@ -16,6 +16,7 @@ from ii_dist.config import CheckpointError, ClusterError, Plan, RunConfig, RunFo
 from ii_dist.config.errors import EXIT_DONE, EXIT_STOPPED
 from ii_dist.data import make_eval_source
 from ii_dist.metrics import Summary, format_summary, read_summary, write_summary
+from ii_dist.models.table import format_models, model_rows
 from ii_dist.runtime import World, set_up_logging
 from ii_dist.train.evaluate import evaluate
 from ii_dist.train.loop import fit
@@ -70,6 +71,11 @@ def evaluate_checkpoint(cfg: RunConfig, plan: Plan, world: World, path: Path) ->
         f"loss {means['loss']:.4f}, {means['images']:.0f} images"
     )
     return Outcome(EXIT_DONE, text if world.rank == 0 else "")
+
+
+def list_models() -> Outcome:
+    """Every network with every gate: parameters, multiply-adds, published counts."""
+    return Outcome(EXIT_DONE, format_models(model_rows()))
 
 
 @contextlib.contextmanager

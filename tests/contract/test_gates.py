@@ -1,18 +1,27 @@
 """What every gate of the table must do."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ii_dist.models import fuse_lenses
 from ii_dist.models.gates import GATES, make_gate
 
 SIZES = [(64, 64), (64, 256), (48, 48)]  # (planes, channels)
-REAL_GATES = [name for name in GATES if name != "none"]
+# Every row of the table, and rows with options that change what is computed.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fold3x3 groups": {"fold_layout": "groups", "fold_width": 4},
+    "fold3x3 plain": {"lens": "plain"},
+    "pair1x1 plain": {"lens": "plain"},
+}
+REAL_GATES = [name for name in GATES if name != "none"] + list(VARIANTS)
 
 
 def _gate(name: str, planes: int = 64, channels: int = 64) -> nn.Module:
     torch.manual_seed(1)
-    gate = make_gate(name, channels, planes, fold_width=8)
+    gate = make_gate(name.split()[0], channels, planes, **{"fold_width": 8, **VARIANTS.get(name, {})})
     assert gate is not None
     return gate
 
@@ -62,15 +71,17 @@ def test_gradients_reach_every_parameter_and_the_residual(name: str, planes: int
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_are_exact(name: str, training: bool) -> None:
     gate = _gate(name, 16, 16).double().train(training)
-    residual, identity = _maps(16, batch=2, dtype=torch.float64)
+    residual, identity = (x[..., :1, :2].clone() for x in _maps(16, batch=2, dtype=torch.float64))
     inputs = (residual.requires_grad_(), identity.requires_grad_())
     assert torch.autograd.gradcheck(gate, inputs)
 
 
 @pytest.mark.parametrize("name", REAL_GATES)
 def test_state_dict_round_trip(name: str) -> None:
-    one, other = _gate(name), make_gate(name, 64, 64, fold_width=8)
-    assert other is not None
+    one, other = _gate(name), _gate(name)
+    with torch.no_grad():
+        for tensor in (*one.parameters(), *one.buffers()):
+            tensor.add_(1)
     maps = _maps()
     one(*maps)  # moves running statistics, where there are any
     other.load_state_dict(one.state_dict(), strict=True)
@@ -124,3 +135,29 @@ def test_built_on_meta(name: str) -> None:
         gate = _gate(name, 512, 2048)
         assert gate(*_maps(2048)).shape == (4, 2048, 1, 1)
     assert {p.device.type for p in gate.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", REAL_GATES)
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_whole_it_gives_the_same(name: str, training: bool) -> None:
+    gate, eager = _gate(name).train(training), _gate(name).train(training)
+    torch._dynamo.reset()
+    compiled = torch.compile(gate, backend="aot_eager", fullgraph=True)
+    results = []
+    for call in (compiled, eager):
+        residual, identity = (x.requires_grad_() for x in _maps())
+        scale = call(residual, identity)
+        scale.square().sum().backward()
+        results.append((scale, residual.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", REAL_GATES)
+def test_fused_it_gives_the_same(name: str) -> None:
+    gate = _gate(name)
+    maps = _maps()
+    gate(*maps)
+    expected = gate.eval()(*maps)
+    fuse_lenses(gate)
+    torch.testing.assert_close(gate(*maps), expected, rtol=0, atol=1e-6)

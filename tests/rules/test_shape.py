@@ -26,13 +26,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": LOW | {"data", "models", "optim", "engine", "metrics", "checkpoint"},
     "cli": {"config", "runtime", "train"},
 }
-TOOLS_MAY_IMPORT = LOW | {"data", "checkpoint", "metrics"}
+TOOLS_MAY_IMPORT = LOW | {"data", "models", "checkpoint", "metrics"}
 # A third party that could be missing or replaced is known to these places only.
 ONLY_IN = {
     "nvidia": ("ii_dist/data/dali.py", "benchmarks/"),
     "deepspeed": (),
     "submitit": ("launch/",),
     "tensorboard": ("ii_dist/metrics/",),
+    "onnx": ("ii_dist/train/export.py",),
+    "onnxruntime": ("ii_dist/train/export.py",),
+    "onnxscript": ("ii_dist/train/export.py",),
     "timm": ("ii_dist/models/", "benchmarks/"),
     "torchvision": ("ii_dist/models/", "benchmarks/"),
 }

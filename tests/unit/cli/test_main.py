@@ -19,7 +19,10 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["show", "--help"], ["eval", "--help"]])
+COMMANDS = ("train", "show", "eval", "models", "export")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)])
 def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -51,7 +54,7 @@ def test_show_without_data_says_so(config: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "code", "part"),
     [
-        (["train", "{c}", "model.gate=folded"], 2, "not one of none, se, fold3x3"),
+        (["train", "{c}", "model.gate=folded"], 2, "not one of none, se, double_fc, pair1x1, pair2x1, fold3x3"),
         (["train", "/nowhere.yaml"], 2, "/nowhere.yaml: no such config file"),
         (["train", "{c}", "data.source=dali", "data.root=/nowhere"], 3, "/nowhere/train.index: no such index"),
         (["train", "{c}", "train.global_batch=1000"], 2, "the data set has 640 training images"),
@@ -67,6 +70,12 @@ def test_errors_are_one_line_with_their_code(
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert part in err
+
+
+def test_models_lists_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert next(r for r in rows if r[:2] == ["ini_resnet50", "fold3x3"])[2] == "28,991,244"
 
 
 def test_unknown_argument_is_a_usage_error(config: Path) -> None:

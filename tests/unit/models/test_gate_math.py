@@ -1,161 +1,237 @@
-"""Gates against equations written as loops, their sizes against the paper's table, their errors."""
+"""Gates against the authors' equations written as loops, and their errors."""
 
 import math
+from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ii_dist.config.errors import ConfigError
-from ii_dist.config.networks import GATE_NAMES, fold_widths
-from ii_dist.models.gates import GATES, FoldGate, Lens, SqueezeExcite, make_gate
+from ii_dist.config.networks import FOLD_LAYOUTS, GATE_INITS, GATE_NAMES, LENS_FORMS, fold_widths
+from ii_dist.models.gates import AUTHORS_FOLD, GATES, GateChoice, make_gate
+from ii_dist.models.lens import Lens
+
+Image = list[list[float]]
 
 
-def _sizes(gate: nn.Module | None) -> int:
-    return sum(p.numel() for p in gate.parameters()) if gate else 0
-
-
-def test_the_table_and_the_names_that_a_config_may_use_agree() -> None:
-    assert tuple(GATES) == GATE_NAMES
-
-
-# (planes, channels) -> parameters of se and fold3x3, from the table for ImageNet ResNets, reduction 16.
-PUBLISHED = {
-    (64, 64): (512, 636),
-    (128, 128): (2_048, 2_680),
-    (256, 256): (8_192, 10_992),
-    (512, 512): (32_768, 44_512),
-    (64, 256): (8_192, 10_860),
-    (128, 512): (32_768, 44_248),
-    (256, 1024): (131_072, 178_608),
-    (512, 2048): (524_288, 717_664),
-}
-
-
-@pytest.mark.parametrize(("planes", "channels"), PUBLISHED)
-def test_parameters_of_one_gate(planes: int, channels: int) -> None:
-    counts = [_sizes(make_gate(name, channels, planes)) for name in ("se", "fold3x3")]
-    assert tuple(counts) == PUBLISHED[planes, channels]
-    assert make_gate("none", channels, planes) is None
-
-
-def test_all_layers_but_the_norm_are_without_bias() -> None:
-    gate = make_gate("fold3x3", 64, 64)
+def _gate(name: str, channels: int = 16, planes: int = 16, **options: Any) -> Any:
+    gate = make_gate(name, channels, planes, **options)
     assert gate is not None
-    assert [name for name, _ in gate.named_parameters() if name.endswith("bias")] == ["lens.norm.bias"]
+    return gate
 
 
-def _linear(weight: Tensor, x: list[float]) -> list[float]:
-    return [sum(weight[i, j].item() * x[j] for j in range(len(x))) for i in range(weight.shape[0])]
+# The equations, one number at a time ---------------------------------------------------------------------------------
 
 
-def _excite_by_loops(gate: SqueezeExcite, q: list[float]) -> list[float]:
-    hidden = [max(0.0, h) for h in _linear(gate.squeeze.weight, q)]
-    return [1 / (1 + math.exp(-z)) for z in _linear(gate.excite.weight, hidden)]
+def _linear(layer: nn.Linear, x: list[float]) -> list[float]:
+    weight = layer.weight.tolist()
+    return [sum(row[j] * x[j] for j in range(len(x))) for row in weight]
 
 
-def _lens_by_loops(lens: Lens, images: list[list[list[float]]], training: bool) -> list[list[float]]:
-    """images[n][row][column] -> flattened mean over filters of norm(convolution), row by row."""
-    height, width = len(images[0]) - 2, len(images[0][0]) - 2
-    places = list(product(range(height), range(width)))
+def _relu(x: list[float]) -> list[float]:
+    return [max(0.0, value) for value in x]
+
+
+def _sigmoid(x: list[float]) -> list[float]:
+    return [1 / (1 + math.exp(-value)) for value in x]
+
+
+def _squeeze_excite(gate: Any, q: list[float]) -> list[float]:
+    return _sigmoid(_linear(gate.excite, _relu(_linear(gate.squeeze, q))))
+
+
+def _double_fc(gate: Any, u: list[float], v: list[float]) -> list[float]:
+    hidden = _relu(_linear(gate.squeeze, u)) + _relu(_linear(gate.squeeze_identity, v))
+    return _sigmoid(_linear(gate.excite, hidden))
+
+
+def _rows(flat: Iterator[float], width: int) -> Image:
+    values = list(flat)
+    return [values[i : i + width] for i in range(0, len(values), width)]
+
+
+def _image(gate_name: str, layout: str, k: int, u: list[float], v: list[float]) -> Image:
+    channels = len(u)
+    pairs = [(u[c], v[c]) for c in range(channels)]
+    if gate_name.startswith("pair"):
+        return [list(pair) for pair in pairs]
+    if layout == "columns":  # (C/k, k, 2) > (C/k, 2, k) > (2C/k, k)
+        return _rows((pairs[i * k + j][flow] for i in range(channels // k) for flow in (0, 1) for j in range(k)), k)
+    run = channels // k  # (k, C/k, 2) > (k, 2, C/k) > (2k, C/k)
+    return _rows((pairs[g * run + j][flow] for g in range(k) for flow in (0, 1) for j in range(run)), run)
+
+
+def _lens(lens: Lens, images: list[Image], training: bool) -> list[list[float]]:
+    """The mean over filters of norm(convolution without padding), flattened row by row."""
+    kh, kw = lens.conv.kernel_size
+    places = list(product(range(len(images[0]) - kh + 1), range(len(images[0][0]) - kw + 1)))
     views = [[0.0] * len(places) for _ in images]
+    norm: Any = lens.norm
     filters = lens.conv.out_channels
     for m in range(filters):
-        taps = [(a, b, lens.conv.weight[m, 0, a, b].item()) for a in range(3) for b in range(3)]
+        taps = [(a, b, lens.conv.weight[m, 0, a, b].item()) for a in range(kh) for b in range(kw)]
         maps = [[sum(w * image[i + a][j + b] for a, b, w in taps) for i, j in places] for image in images]
-        mean, var = lens.norm.running_mean[m].item(), lens.norm.running_var[m].item()  # type: ignore[index]
+        mean, var = norm.running_mean[m].item(), norm.running_var[m].item()
         if training:
             values = [z for one in maps for z in one]
             mean = sum(values) / len(values)
             var = sum((z - mean) ** 2 for z in values) / len(values)
-        gain, shift = lens.norm.weight[m].item() / math.sqrt(var + lens.norm.eps), lens.norm.bias[m].item()
+        gain, shift = norm.weight[m].item() / math.sqrt(var + norm.eps), norm.bias[m].item()
         for n, one in enumerate(maps):
             for place, z in enumerate(one):
                 views[n][place] += (gain * (z - mean) + shift) / filters
     return views
 
 
+CASES = [
+    ("pair1x1", "columns", 4, 3),
+    ("pair2x1", "columns", 4, 3),
+    ("fold3x3", "columns", 4, 3),
+    ("fold3x3", "columns", 8, 3),
+    ("fold3x3", "groups", 4, 3),
+    ("fold3x3", "groups", 2, 3),
+    ("fold3x3", "columns", 4, 1),
+    ("fold3x3", "groups", 2, 4),
+]
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_fold3x3_equals_its_equations_by_loops(training: bool) -> None:
+@pytest.mark.parametrize("form", LENS_FORMS)
+@pytest.mark.parametrize(("name", "layout", "k", "kernel"), CASES)
+def test_a_gate_with_a_lens_equals_its_equations_by_loops(
+    name: str, layout: str, k: int, kernel: int, form: str, training: bool
+) -> None:
     torch.manual_seed(0)
-    channels, width, batch = 16, 4, 2
-    gate = make_gate("fold3x3", channels, channels, reduction=4, fold_width=width, lens_filters=3)
-    assert isinstance(gate, FoldGate)
-    gate.double().train(training)
+    options = {"fold_width": k, "fold_layout": layout, "lens_kernel": kernel}
+    gate = _gate(name, reduction=4, lens_filters=3, lens=form, **options).double().train(training)
     with torch.no_grad():
         for vector in (gate.lens.norm.weight, gate.lens.norm.bias, gate.lens.norm.running_mean):
-            assert vector is not None
             vector.normal_()
-    residual, identity = torch.randn(2, batch, channels, 3, 5, dtype=torch.float64).unbind()
-    u = residual.flatten(2).sum(2) / 15
-    v = identity.flatten(2).sum(2) / 15
-    images = []
-    for n in range(batch):
-        rows = []
-        for i in range(channels // width):
-            rows.append([u[n, i * width + j].item() for j in range(width)])
-            rows.append([v[n, i * width + j].item() for j in range(width)])
-        images.append(rows)
-    expected = [_excite_by_loops(gate, q) for q in _lens_by_loops(gate.lens, images, training)]
+    residual, identity = torch.randn(2, 2, 16, 3, 5, dtype=torch.float64).unbind()
+    signals = [(x.flatten(2).sum(2) / 15).tolist() for x in (residual, identity)]
+    images = [_image(name, layout, k, u, v) for u, v in zip(*signals, strict=True)]
+    expected = [_squeeze_excite(gate, q) for q in _lens(gate.lens, images, training)]
     scale = gate(residual, identity)
-    assert scale.shape == (batch, channels, 1, 1)
+    assert scale.shape == (2, 16, 1, 1)
     torch.testing.assert_close(scale[:, :, 0, 0], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
 def test_se_equals_its_equation_by_loops_and_does_not_look_at_the_identity() -> None:
     torch.manual_seed(0)
-    gate = make_gate("se", 8, 8, reduction=4)
-    assert isinstance(gate, SqueezeExcite)
-    gate.double()
+    gate = _gate("se", 8, reduction=4).double()
     residual = torch.randn(2, 8, 3, 3, dtype=torch.float64)
-    expected = [_excite_by_loops(gate, (residual[n].flatten(1).sum(1) / 9).tolist()) for n in range(2)]
+    expected = [_squeeze_excite(gate, (residual[n].flatten(1).sum(1) / 9).tolist()) for n in range(2)]
     scale = gate(residual, torch.full_like(residual, torch.nan))
     torch.testing.assert_close(scale[:, :, 0, 0], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["se", "fold3x3"])
+def test_double_fc_equals_its_equation_by_loops() -> None:
+    torch.manual_seed(0)
+    gate = _gate("double_fc", 8, reduction=4).double()
+    residual, identity = torch.randn(2, 2, 8, 3, 3, dtype=torch.float64).unbind()
+    signals = [(x.flatten(2).sum(2) / 9).tolist() for x in (residual, identity)]
+    expected = [_double_fc(gate, u, v) for u, v in zip(*signals, strict=True)]
+    scale = gate(residual, identity)
+    torch.testing.assert_close(scale[:, :, 0, 0], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+# The table, the options, the start -----------------------------------------------------------------------------------
+
+
+def test_the_table_and_the_names_that_a_config_may_use_agree() -> None:
+    assert tuple(GATES) == GATE_NAMES
+    assert tuple(AUTHORS_FOLD) == FOLD_LAYOUTS
+
+
+@pytest.mark.parametrize("name", [g for g in GATES if g != "none"])
+def test_all_layers_but_the_norm_are_without_bias(name: str) -> None:
+    biases = [key for key, _ in _gate(name, 64).named_parameters() if key.endswith("bias")]
+    assert biases in ([], ["lens.norm.bias"])
+
+
+@pytest.mark.parametrize("name", [g for g in GATES if g != "none"])
 def test_a_gate_starts_near_one_half(name: str) -> None:
     torch.manual_seed(0)
-    gate = make_gate(name, 256, 64)
-    assert gate is not None
-    scale = gate(torch.randn(8, 256, 7, 7), torch.rand(8, 256, 7, 7))
+    scale = _gate(name, 256, 64)(torch.randn(8, 256, 7, 7), torch.rand(8, 256, 7, 7))
     assert scale.mean().item() == pytest.approx(0.5, abs=0.05)
     assert 0 < scale.std().item() < 0.2
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_the_lens_weight_its_gradient_and_its_momentum_stay_plain(memory_format: torch.memory_format) -> None:
-    lens = Lens(4, kernel_size=3).to(memory_format=memory_format)  # type: ignore[call-overload]
-    lens(torch.randn(2, 1, 8, 16)).sum().backward()
-    weight = lens.conv.weight
-    assert weight.grad is not None
-    assert weight.stride() == weight.grad.stride() == torch.zeros_like(weight).stride() == (9, 9, 3, 1)
+def test_a_choice_and_its_fields_by_name_build_the_same() -> None:
+    choice = GateChoice("fold3x3", reduction=4, fold_width=10, lens_filters=5, fold_layout="groups", lens_kernel=4)
+    gate = _gate(choice, 160, 160)
+    named = _gate("fold3x3", 160, 160, reduction=4, fold_width=10, lens_filters=5, fold_layout="groups", lens_kernel=4)
+    shapes = {key: tuple(value.shape) for key, value in gate.state_dict().items()}
+    assert shapes == {key: tuple(value.shape) for key, value in named.state_dict().items()}
+    assert shapes["lens.conv.weight"] == (5, 1, 4, 4)
+    assert shapes["squeeze.weight"] == (40, (20 - 3) * (16 - 3))
 
 
-def test_unknown_gate_names_the_table() -> None:
-    with pytest.raises(ConfigError, match="gate 'sw' is not one of none, se, fold3x3"):
+def test_what_is_left_open_is_the_authors() -> None:
+    columns, groups = _gate("fold3x3", 640, 64), _gate("fold3x3", 640, 640, fold_layout="groups")
+    assert columns.squeeze.weight.shape == (40, (2 * 640 // 16 - 2) * 14)
+    assert groups.squeeze.weight.shape == (40, 18 * 62)
+    assert columns.lens.conv.weight.shape == (4, 1, 3, 3)
+    assert groups.lens.conv.weight.shape == (40, 1, 3, 3)
+    assert _gate("pair1x1", 16, 8).lens.conv.weight.shape == (1, 1, 1, 1)
+    assert columns.lens.form == "one_filter"
+
+
+# Errors --------------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_words_name_their_tables() -> None:
+    with pytest.raises(ConfigError, match=f"gate 'sw' is not one of {', '.join(GATE_NAMES)}$"):
         make_gate("sw", 64, 64)
+    for key, words in (("fold_layout", FOLD_LAYOUTS), ("lens", LENS_FORMS), ("gate_init", GATE_INITS)):
+        with pytest.raises(ConfigError, match=f"{key} 'sw' is not one of {', '.join(words)}$"):
+            make_gate("fold3x3", 64, 64, **{key: "sw"})
 
 
-def test_reduction_beyond_the_channels() -> None:
+@pytest.mark.parametrize("name", [g for g in GATES if g != "none"])
+def test_reduction_beyond_the_channels(name: str) -> None:
     with pytest.raises(ConfigError, match="gate_reduction 65: needs 1 to 64"):
-        make_gate("se", 64, 64, reduction=65)
+        make_gate(name, 64, 64, reduction=65)
 
 
 @pytest.mark.parametrize(
-    ("channels", "width", "possible"), [(64, 12, "4, 8, 16, 32"), (16, 16, "4, 8"), (2, 3, "none")]
+    ("channels", "width", "options", "possible"),
+    [
+        (64, 12, {}, "4, 8, 16, 32"),
+        (16, 16, {}, "4, 8"),
+        (2, 3, {}, "none"),
+        (64, 10, {"fold_layout": "groups"}, "2, 4, 8, 16"),
+        (64, 32, {"fold_layout": "groups"}, "2, 4, 8, 16"),
+        (16, 4, {"lens_kernel": 5}, "none"),
+        (64, 4, {"lens_kernel": 5}, "8, 16"),
+        (6, 4, {"lens_kernel": 1}, "1, 2, 3, 6"),
+    ],
 )
-def test_a_width_that_does_not_fold_says_which_would(channels: int, width: int, possible: str) -> None:
+def test_a_width_that_does_not_fold_says_which_would(
+    channels: int, width: int, options: dict[str, Any], possible: str
+) -> None:
     with pytest.raises(ConfigError, match=f"fold_width {width}: .*possible: {possible}$"):
-        make_gate("fold3x3", channels, channels, reduction=1, fold_width=width)
+        make_gate("fold3x3", channels, channels, reduction=1, fold_width=width, **options)
 
 
-def test_every_possible_width_builds_and_no_other() -> None:
+def test_a_lens_without_taps() -> None:
+    with pytest.raises(ConfigError, match="lens_kernel 0: needs 1 or more"):
+        make_gate("fold3x3", 64, 64, lens_kernel=0)
+
+
+@pytest.mark.parametrize("layout", FOLD_LAYOUTS)
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_every_possible_width_works_and_no_other(layout: str, kernel: int) -> None:
+    maps: tuple[Tensor, Tensor] = torch.randn(2, 2, 48, 1, 1).unbind()  # type: ignore[assignment]
     for width in range(1, 50):
-        if width in fold_widths([48]):
-            assert make_gate("fold3x3", 48, 48, fold_width=width) is not None
+        options = {"fold_width": width, "fold_layout": layout, "lens_kernel": kernel}
+        if width in fold_widths([48], layout, kernel):
+            assert _gate("fold3x3", 48, 48, **options)(*maps).shape == (2, 48, 1, 1)
         else:
             with pytest.raises(ConfigError):
-                make_gate("fold3x3", 48, 48, fold_width=width)
+                make_gate("fold3x3", 48, 48, **options)
     assert fold_widths([16, 32, 64]) == [4, 8]
+    assert fold_widths([160, 320, 640], "groups") == [2, 4, 5, 8, 10, 16, 20, 32, 40]

@@ -1,43 +1,77 @@
-"""Layout of the pseudo-image and the pooling that feeds it."""
+"""Layout of the pseudo-images and the pooling that feeds them."""
 
 import pytest
 import torch
 
-from ii_dist.models.imaging import channel_signals, fold_columns, fold_columns_shape
+from ii_dist.config.networks import fold_shape
+from ii_dist.models.imaging import channel_signals, fold_image, pair_image
+
+U8 = torch.tensor([[0.0, 1, 2, 3, 4, 5, 6, 7], [70.0, 71, 72, 73, 74, 75, 76, 77]])
 
 
-def test_four_channels_two_columns_written_out() -> None:
+def test_pairs_of_four_channels_written_out() -> None:
     u = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    v = torch.tensor([[10.0, 20.0, 30.0, 40.0]])
+    expected = torch.tensor([[[[1.0, 10.0], [2.0, 20.0], [3.0, 30.0], [4.0, 40.0]]]])
+    assert torch.equal(pair_image(u, 10 * u), expected)
+
+
+def test_four_channels_in_two_columns_written_out() -> None:
+    u = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     expected = torch.tensor([[[[1.0, 2.0], [10.0, 20.0], [3.0, 4.0], [30.0, 40.0]]]])
-    assert torch.equal(fold_columns(u, v, width=2), expected)
+    assert torch.equal(fold_image(u, 10 * u, 2), expected)
 
 
-def test_eight_channels_four_columns_two_samples_written_out() -> None:
-    u = torch.tensor([[0.0, 1, 2, 3, 4, 5, 6, 7], [70.0, 71, 72, 73, 74, 75, 76, 77]])
+def test_four_channels_in_four_groups_written_out() -> None:
+    u = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    expected = torch.tensor([[[[1.0], [10.0], [2.0], [20.0], [3.0], [30.0], [4.0], [40.0]]]])
+    assert torch.equal(fold_image(u, 10 * u, 4, "groups"), expected)
+
+
+def test_eight_channels_in_four_columns_two_samples_written_out() -> None:
     expected = torch.tensor(
         [
             [[[0.0, 1, 2, 3], [-0.0, -1, -2, -3], [4, 5, 6, 7], [-4, -5, -6, -7]]],
             [[[70.0, 71, 72, 73], [-70, -71, -72, -73], [74, 75, 76, 77], [-74, -75, -76, -77]]],
         ]
     )
-    assert torch.equal(fold_columns(u, -u, width=4), expected)
+    assert torch.equal(fold_image(U8, -U8, 4, "columns"), expected)
 
 
-@pytest.mark.parametrize(("channels", "width"), [(64, 16), (64, 8), (24, 3), (256, 16), (12, 12)])
-def test_fold_equals_the_authors_equation_by_loops(channels: int, width: int) -> None:
+def test_eight_channels_in_four_groups_written_out() -> None:
+    expected = torch.tensor([[[[0.0, 1], [-0.0, -1], [2, 3], [-2, -3], [4, 5], [-4, -5], [6, 7], [-6, -7]]]])
+    assert torch.equal(fold_image(U8[:1], -U8[:1], 4, "groups"), expected)
+
+
+def test_eight_channels_in_one_group_written_out() -> None:
+    expected = torch.tensor([[[[0.0, 1, 2, 3, 4, 5, 6, 7], [-0.0, -1, -2, -3, -4, -5, -6, -7]]]])
+    assert torch.equal(fold_image(U8[:1], -U8[:1], 1, "groups"), expected)
+
+
+@pytest.mark.parametrize(
+    ("channels", "k"), [(64, 16), (64, 8), (24, 3), (256, 16), (12, 12), (160, 10), (640, 10), (8, 1)]
+)
+def test_folds_equal_the_authors_equations_by_loops(channels: int, k: int) -> None:
+    """Theirs: signals paired (residual, identity) innermost, then (N, C/k, k, 2), or (N, k, C/k, 2) for groups, the
+    last two axes swapped, and flattened into rows."""
     u, v = torch.randn(2, channels), torch.randn(2, channels)
-    # Theirs: (N, C/k, k, 2) with (residual, identity) innermost, last two axes swapped, then (2C/k, k).
-    height = 2 * channels // width
-    expected = torch.full((2, 1, height, width), torch.nan)
-    for n in range(2):
-        for channel in range(channels):
-            group, column = divmod(channel, width)
-            for flow, signals in enumerate((u, v)):
-                flat = (group * 2 + flow) * width + column
-                expected[n, 0, flat // width, flat % width] = signals[n, channel]
-    assert torch.equal(fold_columns(u, v, width), expected)
-    assert fold_columns_shape(channels, width) == (height, width)
+    for layout, runs, width in (("columns", channels // k, k), ("groups", k, channels // k)):
+        expected = torch.full((2, 1, 2 * runs, width), torch.nan)
+        for n in range(2):
+            flat = []
+            for run in range(runs):
+                for signals in (u, v):
+                    for place in range(width):
+                        flat.append(signals[n, run * width + place].item())
+            for i, value in enumerate(flat):
+                expected[n, 0, i // width, i % width] = value
+        assert torch.equal(fold_image(u, v, k, layout), expected)
+        assert fold_shape(channels, k, layout) == (2 * runs, width)
+
+
+@pytest.mark.parametrize("layout", ["columns", "groups"])
+def test_gradients_go_back_to_their_signals(layout: str) -> None:
+    u, v = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True).unbind()
+    assert torch.autograd.gradcheck(lambda a, b: fold_image(a, b, 4, layout), (u, v))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
