@@ -6,6 +6,7 @@ all, through the all-reduce) leaves the update out on every rank alike, without 
 
 import contextlib
 import copy
+import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -137,6 +138,12 @@ class DDPEngine:
         self._skipped_in_row = self._zero + float(state.scalars["skipped_in_row"])
         if self._scaler.is_enabled() and state.scalars["scaler"]:
             self._scaler.load_state_dict(state.scalars["scaler"])
+
+    def close(self) -> None:
+        # The reducer holds the process group. Were it the last to do so, it would end the group's threads while holding
+        # the interpreter lock, which those threads may be waiting for.
+        self._network = self._module
+        gc.collect()
 
     # One step -------------------------------------------------------------------------------------------------------
 

@@ -66,3 +66,7 @@ class Engine(Protocol):
     def load_state(self, state: EngineState) -> None:
         """Take over a saved state. Raises CheckpointError, naming a tensor, when it is of another network."""
         ...
+
+    def close(self) -> None:
+        """Let go of the other ranks. Called before the process group is closed; `state` may not be asked afterwards."""
+        ...

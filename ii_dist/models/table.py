@@ -71,7 +71,7 @@ class ModelRow:
 
 
 def model_rows(networks: Sequence[str] = tuple(NETWORKS), gates: Sequence[str] = GATE_NAMES) -> list[ModelRow]:
-    """A row for each network and gate, in the order of their tables. Takes about a second."""
+    """A row for each network and gate, in the order of their tables. Takes some seconds."""
     rows = []
     for name in networks:
         with torch.device("meta"):

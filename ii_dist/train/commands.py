@@ -58,6 +58,7 @@ def evaluate_checkpoint(cfg: RunConfig, plan: Plan, world: World, path: Path) ->
         )
         stack.callback(source.close)
         engine = build_engine(cfg, plan, world, device)
+        stack.callback(engine.close)
         step_folder = path if path.parent.name == "checkpoints" else None
         folder = RunFolder(path.parent.parent if step_folder else path)
         start = find_start(folder, world, step_folder)

@@ -60,6 +60,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = Fa
         if start is not None:
             check_same_run(folder, start, plan, index_sha256)
         engine = build_engine(cfg, plan, world, device)
+        stack.callback(engine.close)
         if start is not None:
             scalars = load_start(folder, start, engine)
             results = Results(**scalars["results"])

@@ -193,5 +193,10 @@ def test_layer_decay_sees_the_order_of_the_network() -> None:
     assert coarse["layer1.0.conv1.weight"] == coarse["layer1.1.conv1.weight"]
 
 
+def test_an_option_of_other_networks_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'output_stride'"):
+        _build("ini_wrn16_8", output_stride=8)
+
+
 def test_it_is_the_class_that_it_says() -> None:
     assert isinstance(_build("ini_wrn16_8", **SHORT), PreActResNet)

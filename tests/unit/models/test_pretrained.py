@@ -87,6 +87,10 @@ WRONG: dict[str, tuple[Change, str]] = {
         lambda s: s.update({"layer1.0.conv1.weight": torch.zeros(64, 32, 3, 3)}),
         r"layer1\.0\.conv1\.weight is 64x32x3x3, the network needs 64x64x3x3$",
     ),
+    "order of sides": (
+        lambda s: s.update({"layer1.0.conv1.weight": torch.zeros(64, 64, 9, 1)}),
+        r"layer1\.0\.conv1\.weight is 64x64x9x1, the network needs 64x64x3x3$",
+    ),
     "classes": (
         lambda s: s.update({"fc.weight": torch.zeros(10, 512), "fc.bias": torch.zeros(10)}),
         r"fc\.weight is 10x512, the network needs 1000x512; .*reset_classifier",

@@ -1,6 +1,7 @@
 """The table of networks: complete, equal to the built networks, and honest about what was published."""
 
 import re
+from functools import cache
 
 import pytest
 import timm
@@ -9,11 +10,14 @@ import torch
 from ii_dist.models import GATES, MODELS
 from ii_dist.models.table import PUBLISHED, SOURCES, ModelRow, count_macs, count_parameters, format_models, model_rows
 
-ROWS = model_rows()
+
+@cache
+def _rows() -> list[ModelRow]:
+    return model_rows()
 
 
 def test_a_row_for_every_network_and_gate() -> None:
-    assert [(row.name, row.gate) for row in ROWS] == [(name, gate) for name in MODELS for gate in GATES]
+    assert [(row.name, row.gate) for row in _rows()] == [(name, gate) for name in MODELS for gate in GATES]
 
 
 def test_counted_without_memory() -> None:
@@ -31,7 +35,7 @@ def test_counted_without_memory() -> None:
 )
 def test_a_row_is_what_the_built_network_has(name: str, gate: str) -> None:
     """A row adds up the gates of each stage; here the whole network is built with them."""
-    row = next(row for row in ROWS if (row.name, row.gate) == (name, gate))
+    row = next(row for row in _rows() if (row.name, row.gate) == (name, gate))
     with torch.device("meta"):
         model = timm.create_model(name, gate=gate)
         macs = count_macs(model, torch.empty(1, 3, row.image_size, row.image_size))
@@ -48,7 +52,7 @@ def test_the_form_of_the_lens_and_its_fusing_change_no_count() -> None:
 
 
 def test_published_counts_lie_where_the_table_says() -> None:
-    published = [row for row in ROWS if row.published_millions is not None]
+    published = [row for row in _rows() if row.published_millions is not None]
     assert {(row.name, row.gate) for row in published} == {key for key in PUBLISHED if key[1] in GATES}
     for row in published:
         assert row.source in SOURCES
@@ -56,10 +60,10 @@ def test_published_counts_lie_where_the_table_says() -> None:
 
 
 def test_the_text_has_every_row_and_the_sources_it_uses() -> None:
-    text = format_models(ROWS)
+    text = format_models(_rows())
     lines = text.splitlines()
     assert lines[0].split() == ["network", "gate", "parameters", "MACs", "image", "classes", "published"]
-    assert len([line for line in lines if line.startswith("ini_")]) == len(ROWS)
+    assert len([line for line in lines if line.startswith("ini_")]) == len(_rows())
     (r50,) = [line for line in lines if re.match(r"ini_resnet50 +fold3x3 ", line)]
     assert r50.split() == ["ini_resnet50", "fold3x3", "28,991,244", "4.0975", "G", "224x224", "1000"]
     (plain,) = [line for line in lines if re.match(r"ini_wrn28_10 +none ", line)]

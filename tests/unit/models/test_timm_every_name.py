@@ -168,13 +168,17 @@ def test_layer_decay(name: str, coarse: bool) -> None:
 
 
 @every_family
-def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
-    grads = []
+def test_gradient_checkpointing_runs_blocks_twice_and_changes_no_gradient(name: str) -> None:
+    grads, runs = [], []
     for checkpointed in (False, True):
         model = _build(name).train()
         model.set_grad_checkpointing(checkpointed)
+        calls: list[None] = []
+        model.layer2[0].conv1.register_forward_pre_hook(lambda *_, calls=calls: calls.append(None))
         model(_images(name)).square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
+        runs.append(len(calls))
+    assert runs == [1, 2]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
