@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ii_dist.config.errors import ConfigError
 from ii_dist.config.networks import FOLD_LAYOUTS, GATE_INITS, GATE_NAMES, LENS_FORMS, fold_widths
+from ii_dist.config.schema import ModelConfig
+from ii_dist.models import create_model
 from ii_dist.models.gates import AUTHORS_FOLD, GATES, GateChoice, make_gate
 from ii_dist.models.lens import Lens
 
@@ -178,6 +180,40 @@ def test_what_is_left_open_is_the_authors() -> None:
     assert groups.lens.conv.weight.shape == (40, 1, 3, 3)
     assert _gate("pair1x1", 16, 8).lens.conv.weight.shape == (1, 1, 1, 1)
     assert columns.lens.form == "one_filter"
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", GATES)
+def test_a_network_gives_the_same_with_and_without_gradients(name: str, memory_format: torch.memory_format) -> None:
+    """Without, signals and sums are computed in other ways."""
+    torch.manual_seed(0)
+    cfg = ModelConfig(network="ini_resnet20", gate=name, zero_init_last=False)
+    model = create_model(cfg, num_classes=10).to(memory_format=memory_format)  # type: ignore[call-overload]
+    images = torch.randn(4, 3, 32, 32).contiguous(memory_format=memory_format)
+    model(images)
+    model.eval()
+    kept = images.clone()
+    with_gradients = model(images)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            torch.testing.assert_close(model(images), with_gradients, rtol=1e-5, atol=1e-5)
+    assert torch.equal(images, kept)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(images).float(), with_gradients, rtol=0.1, atol=0.1)
+
+
+def test_every_gate_field_of_a_config_reaches_the_blocks() -> None:
+    options = {"fold_width": 4, "fold_layout": "groups", "lens_kernel": 4, "lens_filters": 5, "gate_reduction": 2}
+    network = create_model(ModelConfig(network="ini_resnet20", gate="fold3x3", lens="plain", **options), 10)
+    gate: Any = network.get_submodule("layer1.0.gate")
+    assert (gate.fold_layout, gate.fold_width, gate.lens.form) == ("groups", 4, "plain")
+    assert gate.lens.conv.weight.shape == (5, 1, 4, 4)
+    assert gate.squeeze.weight.shape == (8, (8 - 3) * (4 - 3))
+    torch.manual_seed(0)
+    pairs = {"network": "ini_resnet20", "gate": "pair1x1", "lens_filters": 16}
+    for start, positive in (("cured", True), ("authors", False)):
+        network = create_model(ModelConfig(gate_init=start, **pairs), 10)
+        assert bool((network.get_parameter("layer1.0.gate.lens.conv.weight") > 0).all()) is positive
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
