@@ -31,7 +31,7 @@ from ii_dist.models.lens import Lens
 LENSES = {1: ((32, 16), 4), 2: ((64, 16), 8), 3: ((128, 16), 16), 4: ((256, 16), 32)}
 FORMS = {"plain": "plain", "twin": "plain", "one": "one_filter"}
 LENS_BATCH = 32
-CLASSES, SIDE, BATCH = 100, 128, 8
+CLASSES, SIDE, BATCH = 1000, 224, 8
 SE, PLAIN = "timm seresnet50", "timm resnet50"
 FOLD, FOLD_PLAIN_LENS = "ini_resnet50 fold3x3", "ini_resnet50 fold3x3, plain lens"
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -181,7 +181,7 @@ def measure_networks(turns: int) -> dict[str, dict[str, list[float]]]:
 
 def run_benchmark(quick: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
-    turns = 3 if quick else 9
+    turns = 3 if quick else 7
     networks = measure_networks(turns)
     train, evaluations = networks["train"], networks["eval"]
     return {
