@@ -16,6 +16,8 @@ Names = Annotated[tuple[str, ...], Strict(False)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+Epochs = Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Strict(False)]
 Count = Annotated[int, Field(ge=1)]
 # Reaches file names and sbatch lines: nothing that a shell or SLURM could read as more than a word.
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -134,27 +136,49 @@ class ModelConfig(Slice):
 class OptimConfig(Slice):
     """Optimizer and learning-rate schedule."""
 
-    optimizer: Literal["sgd"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "lamb", "lars", "muon"] = "sgd"
+    """muon: matrices and convolutions by Muon, the rest by AdamW at the same rate."""
     lr: NonNegative = 0.1
     """Peak learning rate for a global batch of `lr_reference_batch` images."""
     lr_reference_batch: Annotated[int, Field(ge=0)] = 256
     """The rate is scaled by global_batch / this; 0 = `lr` is used as it is."""
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Of sgd, lars and muon."""
     nesterov: bool = True
+    betas: Annotated[tuple[Decay, Decay], Strict(False)] = (0.9, 0.999)
+    """Decay of the first and second moment of adamw, lamb and muon's AdamW."""
+    eps: NonNegative = 0.0
+    """Added to a denominator of the optimizer; 0 = its own: adamw 1e-8, lamb 1e-6, lars 1e-8, muon 1e-7."""
+    trust_coefficient: Positive = 0.001
+    """Of lars: length of an update / length of the weights, before the rate."""
     weight_decay: NonNegative = 1e-4
-    """For weights of convolutions and linear layers; biases and norms get none."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    """For weights of convolutions and linear layers; for biases and norms only with `decay_norms_and_biases`."""
+    decay_norms_and_biases: bool = False
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Rate of a layer / rate of the layer after it; 1 = the same rate for all."""
+    schedule: Literal["cosine", "constant", "linear", "polynomial", "step"] = "cosine"
+    """After the warm-up."""
     warmup_epochs: NonNegative = 5.0
     final_lr_share: Fraction = 0.0
     """Rate at the last step / peak rate."""
+    polynomial_power: Positive = 2.0
+    step_epochs: Epochs = (30.0, 60.0, 80.0)
+    """Of schedule step: epochs at which the rate is multiplied by `step_factor`."""
+    step_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     clip_norm: NonNegative = 0.0
     """Largest global gradient norm; 0 = no clipping."""
 
     @model_validator(mode="after")
-    def _nesterov(self) -> Self:
-        if self.nesterov and self.momentum == 0.0:
+    def _consistent(self) -> Self:
+        if self.nesterov and self.momentum == 0.0 and self.optimizer in ("sgd", "lars", "muon"):
             raise ValueError("nesterov true: needs momentum above 0")
+        if list(self.step_epochs) != sorted(set(self.step_epochs)):
+            raise ValueError(f"step_epochs {list(self.step_epochs)}: needs rising epochs")
+        if self.schedule == "step" and self.step_epochs and self.step_epochs[0] <= self.warmup_epochs:
+            raise ValueError(
+                f"step_epochs {list(self.step_epochs)}: needs epochs after the warm-up of {self.warmup_epochs:g}"
+            )
         return self
 
 

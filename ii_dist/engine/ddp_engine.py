@@ -21,7 +21,7 @@ from ii_dist.config.schema import EngineConfig, OptimConfig
 from ii_dist.engine.engine import BatchLike, EngineState, Sums
 from ii_dist.engine.numerics import Average, FlatBuffers, count_correct, global_norm, image_losses, loss_sum
 from ii_dist.engine.states import fill, model_tensors, named_optimizer_tensors, restore_optimizer
-from ii_dist.optim import learning_rate, make_optimizer, set_learning_rate
+from ii_dist.optim import learning_rate, make_optimizer, set_learning_rate, takes_found_inf
 from ii_dist.runtime.seeds import seed_step
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -176,8 +176,8 @@ class DDPEngine:
         clip = self._parts.optim.clip_norm
         if clip:
             torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
-        if self._device.type == "cpu":
-            return norm, self._step_on_cpu(math.isfinite(norm.item()))
+        if self._device.type == "cpu" or not (takes_found_inf(self._optimizer) or self._scaler.is_enabled()):
+            return norm, self._step_as_host_says(math.isfinite(norm.item()))
         skipped = (~torch.isfinite(norm)).to(torch.float32)
         self._skipped_in_row = (self._skipped_in_row + skipped) * skipped
         # On a GPU the decision stays there: the fused optimizer reads found_inf on the device.
@@ -190,8 +190,9 @@ class DDPEngine:
             self._optimizer.step()
         return norm, skipped
 
-    def _step_on_cpu(self, finite: bool) -> torch.Tensor:
-        """Here the host may look at the norm, and only the step that is taken costs anything."""
+    def _step_as_host_says(self, finite: bool) -> torch.Tensor:
+        """On a CPU the host may look at the norm, and only the step that is taken costs anything; some optimizers leave
+        no choice."""
         if finite:
             self._optimizer.step()
             self._skipped_in_row = self._zero

@@ -17,13 +17,24 @@ def model_tensors(prefix: str, module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def named_optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor that the optimizer keeps for a parameter, such as `optimizer.conv1.weight.momentum_buffer`."""
+    """Every tensor that the optimizer keeps for a parameter, such as `optimizer.conv1.weight.momentum_buffer`.
+
+    A count of steps that an optimizer keeps for a whole group stands under each of the group's parameters.
+    """
     tensors = {}
+    shared = _group_steps(optimizer)
     for name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
                 tensors[f"optimizer.{name}.{key}"] = value
+        if id(parameter) in shared:
+            tensors[f"optimizer.{name}.step"] = shared[id(parameter)]
     return tensors
+
+
+def _group_steps(optimizer: torch.optim.Optimizer) -> dict[int, torch.Tensor]:
+    """Parameter's id -> the step count of its group, where the optimizer counts so."""
+    return {id(p): group["step"] for group in optimizer.param_groups if "step" in group for p in group["params"]}
 
 
 @torch.no_grad()
@@ -61,9 +72,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, saved
     unknown = sorted(set(keys) - set(parameters))
     if unknown:
         raise CheckpointError(f"checkpoint of another model: optimizer state of {unknown[0]}, which is not here")
+    shared = _group_steps(optimizer)
     for name, parameter in parameters.items():
         for key in keys.get(name, []):
             value, state = saved[f"optimizer.{name}.{key}"], optimizer.state[parameter]
+            if key == "step" and id(parameter) in shared:
+                shared[id(parameter)].copy_(value)
+                continue
             if key not in state:
                 state[key] = torch.empty_like(parameter if value.shape == parameter.shape else value)
             state[key].copy_(value)

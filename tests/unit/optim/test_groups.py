@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ii_dist.config.errors import ConfigError
 from ii_dist.config.schema import ModelConfig
 from ii_dist.models import GATES, create_model
 from ii_dist.optim import param_groups
@@ -58,3 +59,31 @@ def test_a_shared_parameter_counts_once() -> None:
 def test_an_empty_group_is_left_out() -> None:
     (kept,) = param_groups(nn.BatchNorm2d(3), 0.1)
     assert kept["weight_decay"] == 0.0
+
+
+def test_all_are_decayed_if_asked_for() -> None:
+    groups = param_groups(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), 0.1, decay_all=True)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1]
+
+
+@pytest.mark.parametrize("network", ["ini_resnet50", "ini_preresnet20"])
+def test_layer_decay_gives_each_layer_a_share_of_the_next_ones_rate(network: str) -> None:
+    with torch.device("meta"):
+        model = create_model(ModelConfig(network=network, gate="fold3x3", fold_width=8), num_classes=10)
+    groups = param_groups(model, 1e-4, layer_decay=0.5)
+    scale = {name: group["lr_scale"] for group in groups for name, _ in group["params"]}
+    assert scale.keys() == dict(model.named_parameters()).keys()
+    stem, head = next(n for n, _ in model.named_parameters()), [n for n, _ in model.named_parameters()][-1]
+    assert scale[head] == 1.0
+    assert scale[stem] == min(scale.values())
+    # A block is one layer: its gate learns as fast as its convolutions, half as fast as the next block.
+    block = {value for name, value in scale.items() if name.startswith("layer2.1.")}
+    after = {value for name, value in scale.items() if name.startswith("layer2.2.")}
+    assert len(block) == 1
+    assert after == {2 * value for value in block}
+    assert all(0 < value <= 1 for value in scale.values())
+
+
+def test_layer_decay_needs_a_network_that_knows_its_layers() -> None:
+    with pytest.raises(ConfigError, match=r"optim.layer_decay 0.5: Linear does not say what its layers are"):
+        param_groups(nn.Linear(1, 1), 0.1, layer_decay=0.5)

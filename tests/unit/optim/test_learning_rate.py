@@ -62,10 +62,31 @@ def test_very_short_runs(total: int, warmup: int, expected: list[float]) -> None
     assert _rates(*_plan(total, warmup, lr=1.0)) == pytest.approx(expected)
 
 
+def test_steps_fall_at_their_epochs_and_never_below_the_last_rate() -> None:
+    cfg = RunConfig.model_validate(
+        {
+            "name": "t",
+            "optim": {"lr": 0.1, "schedule": "step", "step_epochs": [3, 6], "warmup_epochs": 1, "final_lr_share": 0.05},
+            "train": {"epochs": 9, "global_batch": 256},
+        }
+    )
+    plan = make_plan(cfg, 1, DataFacts(512, 10, 2))  # two steps an epoch
+    expected = [0.1 / 3, 0.2 / 3, *[0.1] * 4, *[0.01] * 6, *[0.005] * 6]
+    assert _rates(cfg.optim, plan) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("schedule", "power"), [("linear", 1.0), ("polynomial", 2.0), ("polynomial", 0.5)])
+def test_lines_and_powers(schedule: str, power: float) -> None:
+    optim, plan = _plan(total_steps=8, warmup_steps=3, lr=0.8, final_share=0.25)
+    optim = optim.model_copy(update={"schedule": schedule, "polynomial_power": power})
+    shares = [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert _rates(optim, plan)[3:] == pytest.approx([0.2 + 0.6 * share**power for share in shares])
+
+
 def test_unknown_schedule_names_the_table() -> None:
     optim, plan = _plan(4, 1)
-    with pytest.raises(ConfigError, match="'step' is not one of cosine, constant"):
-        learning_rate(0, OptimConfig.model_construct(**{**optim.model_dump(), "schedule": "step"}), plan)
+    with pytest.raises(ConfigError, match="'stairs' is not one of cosine, constant, linear"):
+        learning_rate(0, OptimConfig.model_construct(**{**optim.model_dump(), "schedule": "stairs"}), plan)
 
 
 def test_the_table_holds_what_a_config_may_say() -> None:
