@@ -66,10 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("path", type=Path, help="run folder, or one runs/NAME/checkpoints/step_... folder")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value")
     evaluate.set_defaults(command=_evaluate)
-    show = commands.add_parser("show", help="print the resolved config and the plan; starts no torch")
+    show = commands.add_parser("show", help="print the resolved config and the plan; starts no torch (but for --plot)")
     show.add_argument("config", type=Path, help=CONFIG_HELP)
     show.add_argument("overrides", nargs="*", metavar="key=value")
     show.add_argument("--ranks", type=int, default=0, help="ranks to plan for (default: what `launch` would start)")
+    show.add_argument("--plot", type=Path, metavar="FILE", help="draw the schedule as well (.png, .svg or .pdf)")
     show.set_defaults(command=_show)
     models = commands.add_parser("models", help="every network with every gate: parameters, MACs, published counts")
     models.set_defaults(command=_models, overrides=[])
@@ -153,6 +154,10 @@ def _checked_plan(cfg: RunConfig, world: World) -> Plan:
 def _show(args: argparse.Namespace) -> int:
     cfg = load_config(args.config, args.overrides)
     print(dump_config(cfg), end="")
+    if args.plot is not None:
+        from ii_dist.train.schedule_plot import plot_schedule
+
+        plot_schedule(cfg, args.plot)
     world_size = args.ranks or cfg.launch.nodes * ranks_on_a_node(cfg, this_process().gpus)
     try:
         facts = data_facts(cfg.data)

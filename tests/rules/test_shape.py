@@ -36,7 +36,7 @@ ONLY_IN = {
     "onnx": ("ii_dist/train/export.py",),
     "onnxruntime": ("ii_dist/train/export.py",),
     "onnxscript": ("ii_dist/train/export.py",),
-    "timm": ("ii_dist/models/", "benchmarks/"),
+    "timm": ("ii_dist/models/", "ii_dist/optim/", "benchmarks/"),
     "torchvision": ("ii_dist/models/", "benchmarks/"),
 }
 FORBIDDEN = ("pickle", "weights_only=False", "shell=True", "yaml.load(", "torch.load(", "torch.save(", "_object_list(")
