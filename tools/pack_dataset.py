@@ -119,7 +119,7 @@ def _claim(out: Path, sources: dict[str, str], options: dict[str, float]) -> Non
     elif any(out.iterdir()):
         raise DataError(f"{out}: is not empty and was not made by this program; choose another --out")
     about = {"name": "shards", "sources": {**held["sources"], **sources}, "options": options}
-    write_whole(marker, json.dumps(about).encode())
+    write_whole(marker, json.dumps(about, sort_keys=True).encode())
 
 
 @contextlib.contextmanager
