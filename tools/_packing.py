@@ -153,8 +153,8 @@ def _checked(index: Index, row: int) -> NDArray[np.uint8]:
     content = index.read_bytes(row)
     if hashlib.sha256(content.data).digest() != index.sha256[row].tobytes():
         raise DataError(
-            f"{index.place(row)[0]}: {index.name(row)} is not what {index.path} says (its sha256 differs); bring the "
-            "file back, or make the index again with: python -m tools.index_dataset"
+            f"{index.told(row)}: is not what {index.path} says (its sha256 differs); bring the file back, or make the "
+            "index again with: python -m tools.index_dataset"
         )
     return content
 

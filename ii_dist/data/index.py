@@ -151,6 +151,11 @@ class Index:
         """Whether the row's image is a file of its own."""
         return int(self._shard[row]) < 0
 
+    def told(self, row: int) -> str:
+        """What a person calls the row's image: its path, or its shard and the path that it was packed from."""
+        path, _ = self.place(row)
+        return path if self.is_alone(row) else f"{path} ({self.name(row)})"
+
 
 def check_files(index: Index, part: int = 0, parts: int = 1) -> None:
     """Look whether what is indexed exists: all files of a few, an even sample of many, every shard and its size.
