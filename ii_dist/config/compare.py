@@ -11,6 +11,7 @@ from ii_dist.config.schema import RunConfig
 FREE_KEYS = (
     "runs_folder",
     "data.root",
+    "data.stage_to",
     "data.threads_per_rank",
     "data.prefetch_batches",
     "engine.device",

@@ -44,6 +44,8 @@ class IndexHeader:
     root: str
     sha256: str
     columns: Mapping[str, Column] = field(repr=False)
+    shard_bytes: tuple[int, ...] = ()
+    """Size of each shard; empty in an index that does not know."""
 
 
 def read_index_header(path: str | Path) -> IndexHeader:
@@ -67,7 +69,10 @@ def read_index_header(path: str | Path) -> IndexHeader:
             root=str(meta["root"]),
             sha256=str(meta["sha256"]),
             columns={name: _column(entry, data_start) for name, entry in raw.items()},
+            shard_bytes=tuple(int(count) for count in json.loads(meta.get("shard_bytes", "[]"))),
         )
+        if header.shard_bytes and len(header.shard_bytes) != len(header.shards):
+            raise ValueError(f"{len(header.shards)} shards, {len(header.shard_bytes)} sizes")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"{path}: damaged index header ({type(error).__name__}: {error}); {_HOW}") from None
     end = max((column.end for column in header.columns.values()), default=data_start)

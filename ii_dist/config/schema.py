@@ -54,6 +54,9 @@ class DataConfig(Slice):
     source: Literal["dali", "torch", "synthetic"] = "dali"
     root: str = "data/imagenet"
     """Folder with `train.index` and `val.index` (made by `python -m tools.import_dataset` or `tools.index_dataset`)."""
+    stage_to: str = ""
+    """Folder on each node's own disk to which the shards of `root` are copied once, in the background, and read from as
+    they arrive; "" = read them where they are. The next run on the node finds the copies."""
     image_size: Count = 224
     """Side of a training image, pixels."""
     eval_resize: Count = 256

@@ -3,6 +3,7 @@
 In: a `DataConfig`, a `Plan`, a `World`, a seed. Out: a `BatchSource`: normalized float32 batches on the rank's device.
 
     index, scan     the index file: the only thing that says what the data set is; building it from a folder
+    shards          writing tar shards; shard_reader: reading them by offset; staging: copying them to the node's disk
     counter         random bits as a pure function of integers
     order           the permutation of an epoch; positions: which part of it a rank's n-th batch takes
     augment         crop windows and flips; evaluation windows
@@ -27,6 +28,7 @@ from ii_dist.data.index import Index, Row, check_files, write_index
 from ii_dist.data.positions import EvalSchedule, Position, Schedule, TrainSchedule
 from ii_dist.data.scan import build_index
 from ii_dist.data.source import Batch, BatchSource, NumberedSource, Producer, Request
+from ii_dist.data.staging import start_staging
 from ii_dist.runtime.world import World
 
 __all__ = [
@@ -57,7 +59,7 @@ def make_train_source(
     """Endless micro-batches of this rank. Raises ConfigError, DataError, ClusterError before any image is read."""
     index = _open_index(cfg, "train", plan.train_images, plan.num_classes, world)
     schedule = TrainSchedule(plan, world.rank, seed)
-    return _make(Request(cfg, schedule, True, seed, device, channels_last, _threads(cfg, world), index))
+    return _make(Request(cfg, schedule, True, seed, device, channels_last, _threads(cfg, world), index), world)
 
 
 def make_eval_source(
@@ -66,15 +68,17 @@ def make_eval_source(
     """One pass over the evaluation images for each `iter`; padding carries weight 0. `seed`: for synthetic only."""
     index = _open_index(cfg, "val", plan.eval_images, plan.num_classes, world)
     schedule: Schedule = EvalSchedule(plan, world.rank, eval_batch_per_rank)
-    return _make(Request(cfg, schedule, False, seed, device, channels_last, _threads(cfg, world), index))
+    return _make(Request(cfg, schedule, False, seed, device, channels_last, _threads(cfg, world), index), world)
 
 
-def _make(request: Request) -> BatchSource:
+def _make(request: Request, world: World) -> BatchSource:
     if request.cfg.source not in SOURCES:
         raise ConfigError(f"data.source {request.cfg.source!r}: is not one of {', '.join(SOURCES)}")
     module, name = SOURCES[request.cfg.source].split(":")
     producer: Callable[[Request], Producer] = getattr(importlib.import_module(module), name)
-    return NumberedSource(request.schedule, producer(request))
+    made, stage_to = producer(request), request.cfg.stage_to
+    staging = start_staging(request.index, stage_to, world) if request.index and stage_to else None
+    return NumberedSource(request.schedule, made, staging.close if staging else None)
 
 
 def _open_index(cfg: DataConfig, split: str, images: int, num_classes: int, world: World) -> Index | None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ii_dist.config.errors import DataError
 from ii_dist.config.index_header import INDEX_FORMAT, INDEX_VERSION, IndexHeader, read_index_header
+from ii_dist.data.shard_reader import PACK_AGAIN, ShardReader
 
 # name -> (safetensors type, numpy type, shape after N). Wide types first: each column starts at a multiple of its size.
 _COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
@@ -62,6 +63,7 @@ class Index:
         self.path, self.header = path, header
         self.folder = path.parent / header.root
         self._folder_text = str(self.folder)
+        self.shards = ShardReader(self._folder_text, header.shards, header.shard_bytes)
         self.label: NDArray[np.int32] = columns["label"]  # type: ignore[assignment]  # the layout fixes these types
         self.width: NDArray[np.int32] = columns["width"]  # type: ignore[assignment]
         self.height: NDArray[np.int32] = columns["height"]  # type: ignore[assignment]
@@ -87,6 +89,8 @@ class Index:
             )
         if min(int(index.width.min()), int(index.height.min()), int(index.length.min())) < 1:
             raise DataError(f"{path}: an image of no size; {_AGAIN}")
+        if int(columns["shard"].max()) >= len(header.shards):
+            raise DataError(f"{path}: damaged index, an image in a shard that it does not name; {PACK_AGAIN}")
         return index
 
     def __len__(self) -> int:
@@ -109,20 +113,21 @@ class Index:
     def place(self, row: int) -> tuple[str, int]:
         """Path of the file that holds the row's image, and the offset of its first byte."""
         shard = int(self._shard[row])
-        name = self.name(row) if shard < 0 else self.header.shards[shard]
-        return f"{self._folder_text}/{name}", int(self._offset[row])
+        path = f"{self._folder_text}/{self.name(row)}" if shard < 0 else self.shards.path(shard)
+        return path, int(self._offset[row])
 
     def read_bytes(self, row: int) -> NDArray[np.uint8]:
         """The encoded image. Raises DataError, naming file and index, when it is missing or of another length."""
-        path, offset = self.place(row)
-        length = int(self.length[row])
-        alone = int(self._shard[row]) < 0
+        length, shard = int(self.length[row]), int(self._shard[row])
+        if shard >= 0:
+            return self._read_from_shard(shard, int(self._offset[row]), length)
+        path, _ = self.place(row)
         # One byte more than indexed: a file that grew is noticed without asking for its size.
-        buffer = np.empty(length + alone, dtype=np.uint8)
+        buffer = np.empty(length + 1, dtype=np.uint8)
         try:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                found = os.preadv(file, [buffer.data], offset)
+                found = os.preadv(file, [buffer.data], 0)
             finally:
                 os.close(file)
         except OSError as error:
@@ -131,15 +136,37 @@ class Index:
             raise DataError(f"{path}: has not the {length} bytes that {self.path} says; {_AGAIN}")
         return buffer[:length]
 
+    def _read_from_shard(self, shard: int, offset: int, length: int) -> NDArray[np.uint8]:
+        buffer = np.empty(length, dtype=np.uint8)
+        path = self.shards.path(shard)
+        try:
+            found = self.shards.read(shard, offset, buffer.data)
+        except OSError as error:
+            raise DataError(f"{path}: named by {self.path}, cannot be read ({error.strerror}); {PACK_AGAIN}") from None
+        if found != length:
+            raise DataError(f"{path}: ends before the {length:,} bytes at {offset:,} of {self.path}; {PACK_AGAIN}")
+        return buffer
+
+    def is_alone(self, row: int) -> bool:
+        """Whether the row's image is a file of its own."""
+        return int(self._shard[row]) < 0
+
+    def told(self, row: int) -> str:
+        """What a person calls the row's image: its path, or its shard and the path that it was packed from."""
+        path, _ = self.place(row)
+        return path if self.is_alone(row) else f"{path} ({self.name(row)})"
+
 
 def check_files(index: Index, part: int = 0, parts: int = 1) -> None:
-    """Look whether indexed files exist: all of a small index, an even sample of a large one. Raises DataError.
+    """Look whether what is indexed exists: all files of a few, an even sample of many, every shard and its size.
 
-    part, parts: look at one of so many equal shares, so that all ranks together look once.
+    Raises DataError. part, parts: look at one of so many equal shares, so that all ranks together look once.
     """
+    for shard in range(part, len(index.header.shards), parts):
+        index.shards.check(shard)
     stride = -(-len(index) // _CHECK_ALL_UP_TO)
     rows = range(part * stride, len(index), parts * stride)
-    missing = [row for row in rows if not Path(index.place(row)[0]).is_file()]
+    missing = [row for row in rows if index.is_alone(row) and not Path(index.place(row)[0]).is_file()]
     if missing:
         raise DataError(
             f"{index.place(missing[0])[0]}: named by {index.path}, does not exist "
@@ -148,11 +175,17 @@ def check_files(index: Index, part: int = 0, parts: int = 1) -> None:
 
 
 def write_index(
-    path: str | Path, rows: Sequence[Row], classes: Sequence[str], *, root: str = ".", shards: Sequence[str] = ()
+    path: str | Path,
+    rows: Sequence[Row],
+    classes: Sequence[str],
+    *,
+    root: str = ".",
+    shards: Sequence[str] = (),
+    shard_bytes: Sequence[int] = (),
 ) -> str:
     """Write an index whole or not at all (temporary file, fsync, rename); returns its digest.
 
-    root: the images' folder, relative to the index's or absolute.
+    root: the images' folder, relative to the index's or absolute. shard_bytes: size of each shard; none = not checked.
     """
     path = Path(path)
     if not rows:
@@ -165,6 +198,8 @@ def write_index(
         "classes": json.dumps(list(classes)),
         "shards": json.dumps(list(shards)),
     }
+    if shard_bytes:
+        about["shard_bytes"] = json.dumps(list(shard_bytes))
     # The root stays out: the same images at another place are the same data set.
     content = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     header: dict[str, object] = {}

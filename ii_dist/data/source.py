@@ -7,7 +7,7 @@ is exact for the same reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -93,10 +93,10 @@ class Request:
 
 
 class NumberedSource:
-    """A `BatchSource`: counts batches and leaves their making to a producer."""
+    """A `BatchSource`: counts batches and leaves their making to a producer. `also_close`: closed after that."""
 
-    def __init__(self, schedule: Schedule, producer: Producer) -> None:
-        self._schedule, self._producer = schedule, producer
+    def __init__(self, schedule: Schedule, producer: Producer, also_close: Callable[[], None] | None = None) -> None:
+        self._schedule, self._producer, self._also_close = schedule, producer, also_close
         self._number = 0
         producer.start(0)
 
@@ -118,3 +118,5 @@ class NumberedSource:
 
     def close(self) -> None:
         self._producer.close()
+        if self._also_close:
+            self._also_close()
