@@ -76,7 +76,7 @@ class Producer(Protocol):
 @dataclass(frozen=True, slots=True)
 class Request:
     """What a producer is to make. device: "cpu" or "cuda:N". index: None for synthetic images. mix_epochs: epochs from
-    the first on in which images are mixed."""
+    the first on in which images are mixed; in evaluation none."""
 
     cfg: DataConfig
     schedule: Schedule
@@ -99,7 +99,7 @@ class Request:
 
     def mixing(self, rows: Rows) -> Mixing | None:
         """How the images of one batch are mixed, if they are."""
-        if not self.train or rows.epoch >= self.mix_epochs:
+        if rows.epoch >= self.mix_epochs:
             return None
         return draw_mixing(self.seed, rows.epoch, rows.index_N, self.side(rows.epoch), self.cfg.augment)
 

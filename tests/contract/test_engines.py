@@ -222,6 +222,17 @@ def test_a_state_of_another_network_is_refused_in_one_line(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ENGINES)
+def test_images_of_the_computed_type_are_what_the_first_layer_would_make_of_them(kind: str) -> None:
+    engines = [make_engine(network(), parts(engine={"kind": kind, "precision": "bf16"})) for _ in range(2)]
+    for step in range(2):
+        exact = images(step)
+        rounded = Images(exact.images_NCHW.bfloat16(), exact.labels_N, exact.weight_N)
+        one, two = engines[0].train_step([exact]), engines[1].train_step([rounded])
+        assert all(torch.equal(one[key], two[key]) for key in one)
+        assert engines[0].eval_step(exact)["loss"] == engines[1].eval_step(rounded)["loss"]
+
+
+@pytest.mark.parametrize("kind", ENGINES)
 def test_bf16_autocast_keeps_the_weights_in_float32(kind: str) -> None:
     engine = make_engine(network(), parts(engine={"kind": kind, "precision": "bf16"}))
     exact = make_engine(network(), parts(engine={"kind": kind}))
