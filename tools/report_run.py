@@ -101,7 +101,7 @@ def what_ran(facts: RunFacts) -> str:
     share = f"{plan.get('images_per_rank', '?')} a rank" + (f" in {accumulate} parts" if accumulate != 1 else "")
     rows = [
         ("network", f"{setting('model.network')}, gate {setting('model.gate')}"),
-        ("data", f"{setting('data.root')} ({setting('data.source')}), {setting('data.image_size')} px"),
+        ("data", f"{setting('data.root')} ({setting('data.source')}), {image_sizes(facts)} px"),
         (
             "images",
             f"{plan.get('train_images', 0):,} to train, {plan.get('eval_images', 0):,} to evaluate, "
@@ -121,6 +121,12 @@ def what_ran(facts: RunFacts) -> str:
         ("seed", f"{setting('seed')}"),
     ]
     return table(("", ""), rows)
+
+
+def image_sizes(facts: RunFacts) -> str:
+    """Side of the training images, of the first and of the last epoch where they differ."""
+    sides = [side for _, side in facts.plan.get("image_sizes", [])] or [facts.setting("data.image_size")]
+    return " to ".join(str(side) for side in dict.fromkeys((sides[0], sides[-1])))
 
 
 def figures(facts: RunFacts) -> str:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from ii_dist.config.errors import ConfigError
-from ii_dist.config.schema import RunConfig
+from ii_dist.config.schema import DataConfig, RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,14 @@ class Plan:
     save_every_steps: tuple[int, ...]
     """A step is saved when one of these divides it."""
     log_every_steps: int
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    """(epoch, side in pixels) of the first training images and of each change."""
 
 
 def make_plan(cfg: RunConfig, world_size: int, facts: DataFacts) -> Plan:
     """Derive the plan. Raises ConfigError, naming the key, where a number does not come out whole."""
     batch = cfg.train.global_batch
-    images_per_rank, accumulate = _split_batch(batch, world_size, cfg.train.max_images_per_rank)
+    images_per_rank, accumulate = _split_batch(cfg, world_size)
     if facts.train_images < batch:
         raise ConfigError(
             f"train.global_batch {batch}: the data set has {facts.train_images} training images; use that or less"
@@ -83,11 +85,20 @@ def make_plan(cfg: RunConfig, world_size: int, facts: DataFacts) -> Plan:
         eval_every_steps=max(1, round(cfg.train.eval_every_epochs * steps_per_epoch)),
         save_every_steps=tuple(sorted({n for n in saves if n > 0})),
         log_every_steps=cfg.metrics.log_every_steps,
+        image_sizes=_image_sizes(cfg.data, math.ceil(total_steps / steps_per_epoch)),
     )
 
 
-def _split_batch(global_batch: int, world_size: int, max_images_per_rank: int) -> tuple[int, int]:
-    """Images a rank and the fewest equal micro-batches that respect the limit."""
+def _image_sizes(cfg: DataConfig, epochs: int) -> tuple[tuple[int, int], ...]:
+    sides = [cfg.side_of_epoch(epoch) for epoch in range(epochs)]
+    return tuple((epoch, side) for epoch, side in enumerate(sides) if epoch == 0 or side != sides[epoch - 1])
+
+
+def _split_batch(cfg: RunConfig, world_size: int) -> tuple[int, int]:
+    """Images a rank and the fewest equal micro-batches that respect the limit, of whole pairs where images are mixed:
+    an image and its partner, neighbours in the epoch's order, must be in the same micro-batch on any number of ranks.
+    """
+    global_batch, max_images_per_rank = cfg.train.global_batch, cfg.train.max_images_per_rank
     if global_batch % world_size:
         near = ", ".join(str(n) for n in range(1, global_batch + 1) if global_batch % n == 0 and n <= 2 * world_size)
         raise ConfigError(
@@ -95,6 +106,14 @@ def _split_batch(global_batch: int, world_size: int, max_images_per_rank: int) -
             f"use a multiple of {world_size}, or one of {near} ranks"
         )
     images_per_rank = global_batch // world_size
-    limit = max_images_per_rank or images_per_rank
-    fitting = (n for n in range(1, images_per_rank + 1) if images_per_rank % n == 0 and images_per_rank // n <= limit)
-    return images_per_rank, next(fitting)
+    limit, unit = max_images_per_rank or images_per_rank, 2 if cfg.data.augment.mixes else 1
+    if images_per_rank % unit:
+        near = ", ".join(str(n) for n in range(1, 2 * world_size + 1) if global_batch % (2 * n) == 0)
+        raise ConfigError(
+            f"train.global_batch {global_batch}: {images_per_rank} images a rank are no whole pairs, which Mixup and "
+            f"CutMix need; use a multiple of {2 * world_size}{f', or one of {near} ranks' if near else ''}"
+        )
+    if limit < unit:
+        raise ConfigError(f"train.max_images_per_rank {limit}: Mixup and CutMix need pairs of images; use 2 or more")
+    pairs = images_per_rank // unit
+    return images_per_rank, next(n for n in range(1, pairs + 1) if pairs % n == 0 and images_per_rank // n <= limit)

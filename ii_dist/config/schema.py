@@ -4,6 +4,7 @@ In: plain values (from YAML and ``key.sub=value``). Out: a `RunConfig`, handed t
 Checks that need one slice stand in that slice; checks across slices stand in `RunConfig`. No torch here.
 """
 
+from itertools import pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
@@ -12,8 +13,10 @@ from ii_dist.config.networks import GATE_NAMES, NETWORKS, Shape, fold_widths
 
 Pair = Annotated[tuple[float, float], Strict(False)]
 Triple = Annotated[tuple[float, float, float], Strict(False)]
+Points = Annotated[tuple[Annotated[tuple[int, int], Strict(False)], ...], Strict(False)]
 Names = Annotated[tuple[str, ...], Strict(False)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+ImageDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -21,6 +24,10 @@ Epochs = Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Strict(False)]
 Count = Annotated[int, Field(ge=1)]
 # Reaches file names and sbatch lines: nothing that a shell or SLURM could read as more than a word.
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+IMAGE_DTYPES: dict[str, ImageDtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""engine.precision -> the type that it computes in, as data.image_dtype names it."""
 
 
 class Slice(BaseModel):
@@ -38,6 +45,21 @@ class AugmentConfig(Slice):
     """Width / height of the crop window, smallest and largest."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
+    mixup_alpha: NonNegative = 0.0
+    """Mixup blends an image with its partner, in shares drawn from Beta(alpha, alpha); 0 = no Mixup."""
+    cutmix_alpha: NonNegative = 0.0
+    """CutMix pastes a box of the partner, its share of the area drawn from Beta(alpha, alpha); 0 = no CutMix."""
+    mix_probability: Fraction = 1.0
+    """Probability that an image is mixed at all."""
+    mix_switch_probability: Fraction = 0.5
+    """Probability of CutMix instead of Mixup for an image, where both have an alpha."""
+    mix_off_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs at the end of the run in which nothing is mixed."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with a partner, so that batches must hold whole pairs."""
+        return self.mix_probability > 0 and max(self.mixup_alpha, self.cutmix_alpha) > 0
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -58,7 +80,13 @@ class DataConfig(Slice):
     """Folder on each node's own disk to which the shards of `root` are copied once, in the background, and read from as
     they arrive; "" = read them where they are. The next run on the node finds the copies."""
     image_size: Count = 224
-    """Side of a training image, pixels."""
+    """Side of a training image, pixels, in every epoch unless there is a `size_schedule`."""
+    size_schedule: Points = ()
+    """Progressive resizing: [epoch, side] points, epochs ascending. Between two points the side goes in a straight
+    line, rounded to `size_multiple`; before the first and after the last it stays. [[0, 160], [65, 160], [76, 192]]
+    grows from epoch 65 to 76; points in neighbouring epochs, such as [[0, 128], [17, 128], [18, 224]], are a step."""
+    size_multiple: Count = 32
+    """What every side of `size_schedule` is a multiple of, pixels."""
     eval_resize: Count = 256
     """Shorter side after the evaluation resize, pixels."""
     eval_image_size: Count = 224
@@ -72,6 +100,13 @@ class DataConfig(Slice):
     prefetch_batches: Count = 2
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes; auto = on the GPU where the rank has one."""
+    hw_decoder_share: Fraction = 1.0
+    """Share of the JPEGs that a GPU with a hardware decoder (A100, H100) gives to it. 1 and 0 are exact. Shares between
+    may be faster, but send an image to one decoder or the other by its place in the batch, and the two do not agree in
+    the last bit: images are then no longer the same on any number of ranks."""
+    image_dtype: ImageDtype = "auto"
+    """Type of the finished images. auto = on a GPU what `engine.precision` computes in, which is what the first layer
+    would round them to anyway; on CPU float32."""
     synthetic_images: Count = 4096
     synthetic_classes: Count = 1000
     """Size of the synthetic data set (source: synthetic needs no files)."""
@@ -82,7 +117,26 @@ class DataConfig(Slice):
             raise ValueError(f"eval_image_size {self.eval_image_size}: needs eval_resize ({self.eval_resize}) or less")
         if min(self.std) <= 0:
             raise ValueError(f"std {list(self.std)}: needs three numbers above 0")
+        epochs, sides = [epoch for epoch, _ in self.size_schedule], [side for _, side in self.size_schedule]
+        said = f"size_schedule {[list(point) for point in self.size_schedule]}: needs"
+        if any(epoch < 0 for epoch in epochs) or any(b <= a for a, b in pairwise(epochs)):
+            raise ValueError(f"{said} epochs of 0 and more, each after the one before it")
+        if any(side < 1 or side % self.size_multiple for side in sides):
+            raise ValueError(f"{said} sides that are multiples of size_multiple ({self.size_multiple})")
         return self
+
+    def side_of_epoch(self, epoch: int) -> int:
+        """Height and width of the training images of an epoch (the first is 0), pixels. Whole numbers only: exact."""
+        points = self.size_schedule
+        after = next((i for i, point in enumerate(points) if point[0] > epoch), len(points))
+        if not points:
+            return self.image_size
+        if after in (0, len(points)):
+            return points[max(0, after - 1)][1]
+        (first, low), (last, high) = points[after - 1], points[after]
+        done, length = epoch - first, last - first
+        steps = (high - low) // self.size_multiple
+        return low + self.size_multiple * ((2 * steps * done + length) // (2 * length))  # half a step rounds up
 
 
 class ModelConfig(Slice):
@@ -168,6 +222,11 @@ class OptimConfig(Slice):
     step_epochs: Epochs = (30.0, 60.0, 80.0)
     """Of schedule step: epochs at which the rate is multiplied by `step_factor`."""
     step_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    """bce = binary cross entropy of each class, mean over the classes, as in timm. Evaluation always tells cross
+    entropy."""
+    bce_target_threshold: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Targets above it count as 1, others as 0, after smoothing and mixing; 0 = they stay as they are. For bce."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     clip_norm: NonNegative = 0.0
     """Largest global gradient norm; 0 = no clipping."""
@@ -182,6 +241,8 @@ class OptimConfig(Slice):
             raise ValueError(
                 f"step_epochs {list(self.step_epochs)}: needs epochs after the warm-up of {self.warmup_epochs:g}"
             )
+        if self.bce_target_threshold and self.loss != "bce":
+            raise ValueError(f"bce_target_threshold {self.bce_target_threshold}: needs optim.loss bce")
         return self
 
 
@@ -289,4 +350,17 @@ class RunConfig(Slice):
             raise ValueError(
                 f"optim.warmup_epochs {self.optim.warmup_epochs}: needs train.epochs ({self.train.epochs}) or less"
             )
+        computed = IMAGE_DTYPES[self.engine.precision]
+        if self.data.image_dtype not in ("auto", "float32", computed):
+            raise ValueError(
+                f"data.image_dtype {self.data.image_dtype}: engine.precision {self.engine.precision} needs auto"
+                f"{'' if computed == 'float32' else f', {computed}'} or float32"
+            )
         return self
+
+    def data_on(self, device_kind: str) -> DataConfig:
+        """The data slice for "cpu" or "cuda", `image_dtype` auto decided."""
+        if self.data.image_dtype != "auto":
+            return self.data
+        on_gpu = IMAGE_DTYPES[self.engine.precision]
+        return self.data.model_copy(update={"image_dtype": on_gpu if device_kind == "cuda" else "float32"})

@@ -1,12 +1,13 @@
 """IMAGES: what the data set is, in which order, cut how, and the batches of one rank.
 
-In: a `DataConfig`, a `Plan`, a `World`, a seed. Out: a `BatchSource`: normalized float32 batches on the rank's device.
+In: a `DataConfig`, a `Plan`, a `World`, a seed. Out: a `BatchSource`: normalized batches on the rank's device.
 
     index, scan     the index file: the only thing that says what the data set is; building it from a folder
     shards          writing tar shards; shard_reader: reading them by offset; staging: copying them to the node's disk
     counter         random bits as a pure function of integers
     order           the permutation of an epoch; positions: which part of it a rank's n-th batch takes
-    augment         crop windows and flips; evaluation windows
+    augment         crop windows and flips; evaluation windows; exact_math: functions without a last bit of doubt
+    mix             which images are mixed with which, and how much; mix_images does it
     source          Batch, Position, BatchSource and what a producer is told
     dali            decoded by DALI, on a GPU finished there too; torch_reader: decoded by PIL; synthetic: no files
     resample        resize, flip and normalize on the CPU, for both readers
@@ -17,6 +18,7 @@ threads and prefetched batches changes nothing. Importing this package imports n
 """
 
 import importlib
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +61,21 @@ def make_train_source(
     """Endless micro-batches of this rank. Raises ConfigError, DataError, ClusterError before any image is read."""
     index = _open_index(cfg, "train", plan.train_images, plan.num_classes, world)
     schedule = TrainSchedule(plan, world.rank, seed)
-    return _make(Request(cfg, schedule, True, seed, device, channels_last, _threads(cfg, world), index), world)
+    mix_epochs = math.ceil(plan.total_steps / plan.steps_per_epoch) - cfg.augment.mix_off_epochs
+    return _make(
+        Request(
+            cfg,
+            schedule,
+            True,
+            seed,
+            device,
+            channels_last,
+            _threads(cfg, world),
+            index,
+            mix_epochs=mix_epochs if cfg.augment.mixes else 0,
+        ),
+        world,
+    )
 
 
 def make_eval_source(

@@ -6,6 +6,10 @@ nothing. Labels, weights and index rows go round it.
 On a GPU the pipeline is the whole work: decode (only the window in training), resize, flip or cut, normalize. On the
 CPU it only decodes: its linear resize takes several times as long there as torch's, so `Finisher` does the rest, in a
 thread that works ahead. `_Pipe` runs either pipeline; it belongs to one thread, from the first `run` to `close`.
+
+On a GPU the next batches are made on DALI's own streams while the step runs. torch's stream waits for the oldest one
+(the host does not), mixes and converts it, and takes labels and shares from pinned memory. Image sizes are an input of
+the graph: they change from epoch to epoch, between two prefetched batches, and nothing is built anew.
 """
 
 import logging
@@ -23,16 +27,15 @@ from numpy.typing import NDArray
 from ii_dist.config.errors import ClusterError, ConfigError, DataError
 from ii_dist.data.ahead import Ahead, Chunks
 from ii_dist.data.augment import EvalWindows, TrainWindows
+from ii_dist.data.mix import Mixing
+from ii_dist.data.mix_images import mix_batch
 from ii_dist.data.positions import Rows
 from ii_dist.data.resample import Finisher
-from ii_dist.data.source import Batch, Request
+from ii_dist.data.source import Batch, Request, beside_images
 
 _log = logging.getLogger(__name__)
 
 _READ_THREADS = 4  # files read at once: hides the latency of a network file system; idle where the cache is warm
-# All or none of the JPEGs a GPU's hardware decoder can take: a share in between would send an image to one decoder or
-# the other by its place in the batch, and the two do not agree in the last bit.
-_HARDWARE_DECODER_SHARE = 1.0
 _SAMPLE = re.compile(r"sample #(\d+)")
 
 
@@ -47,6 +50,7 @@ class _Fed:
     rows: Rows
     windows: TrainWindows | EvalWindows
     inputs: tuple[Any, ...]
+    mixing: Mixing | None = None
 
 
 class DaliProducer:
@@ -102,9 +106,14 @@ class DaliProducer:
             images_NCHW = images_NCHW.permute(0, 3, 1, 2)
         assert self._request.index is not None
         labels_N = self._request.index.label[fed.rows.index_N].astype(np.int64)
-        arrays = (labels_N, fed.rows.weight_N, fed.rows.index_N)
-        device = self._request.device
-        return Batch(images_NCHW, *(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+        if fed.mixing is not None:
+            images_NCHW = mix_batch(images_NCHW, self._moved(fed.mixing.own_N), self._moved(fed.mixing.box_N4))
+        beside = beside_images(labels_N, fed.rows, fed.mixing)
+        return Batch(images_NCHW.to(getattr(torch, self._request.dtype)), *map(self._moved, beside))
+
+    def _moved(self, array: NDArray[Any]) -> torch.Tensor:
+        """On its way to the GPU: from pinned memory, so that the host does not wait for the steps before."""
+        return torch.from_numpy(array).pin_memory().to(self._request.device, non_blocking=True)
 
 
 class _Pipe:
@@ -147,16 +156,18 @@ class _Pipe:
 
         self._reading.each(read, len(encoded))
         windows = self._request.windows(rows)
-        return _Fed(rows, windows, (encoded, *self._arguments(windows)))
+        arguments = self._arguments(windows, self._request.side(rows.epoch))
+        return _Fed(rows, windows, (encoded, *arguments), None if self._decode_only else self._request.mixing(rows))
 
-    def _arguments(self, windows: TrainWindows | EvalWindows) -> tuple[Any, ...]:
+    def _arguments(self, windows: TrainWindows | EvalWindows, side: int) -> tuple[Any, ...]:
         """What the pipeline takes beside the encoded images, in the order of its inputs."""
         if isinstance(windows, TrainWindows):
             corner_N2, shape_N2 = _pairs(windows.x_N, windows.y_N), _pairs(windows.width_N, windows.height_N)
-            return (corner_N2, shape_N2) if self._decode_only else (corner_N2, shape_N2, windows.flip_N)
+            if self._decode_only:
+                return corner_N2, shape_N2
+            return corner_N2, shape_N2, windows.flip_N, np.full_like(shape_N2, side, dtype=np.float32)
         if self._decode_only:
             return ()
-        side = self._request.side
         size_N2 = _pairs(windows.resized_height_N, windows.resized_width_N).astype(np.float32)
         x_share_N = _margin_share(windows.x_N, windows.resized_width_N, side)
         y_share_N = _margin_share(windows.y_N, windows.resized_height_N, side)
@@ -224,9 +235,11 @@ def _decoding_graph(request: Request, feed: Feed, decoder: str) -> Any:
 
     if request.train:
         encoded, corner, shape = _inputs(feed, ("INT32", 1), ("INT32", 1))
-        return fn.decoders.image_slice(encoded, start=corner, shape=shape, axis_names="WH", **_decoder(decoder))
+        return fn.decoders.image_slice(
+            encoded, start=corner, shape=shape, axis_names="WH", **_decoder(request, decoder)
+        )
     (encoded,) = _inputs(feed)
-    return fn.decoders.image(encoded, **_decoder(decoder))
+    return fn.decoders.image(encoded, **_decoder(request, decoder))
 
 
 def _whole_graph(request: Request, feed: Feed, decoder: str) -> Any:
@@ -238,17 +251,17 @@ def _whole_graph(request: Request, feed: Feed, decoder: str) -> Any:
 def _train_images(request: Request, feed: Feed, decoder: str) -> Cut:
     from nvidia.dali import fn
 
-    encoded, corner, shape, flip = _inputs(feed, ("INT32", 1), ("INT32", 1), ("INT32", 0))
-    images = fn.decoders.image_slice(encoded, start=corner, shape=shape, axis_names="WH", **_decoder(decoder))
-    return fn.resize(images, size=(request.side, request.side), **_linear()), flip, {}
+    encoded, corner, shape, flip, size = _inputs(feed, ("INT32", 1), ("INT32", 1), ("INT32", 0), ("FLOAT", 1))
+    images = fn.decoders.image_slice(encoded, start=corner, shape=shape, axis_names="WH", **_decoder(request, decoder))
+    return fn.resize(images, size=size, **_linear()), flip, {}
 
 
 def _eval_images(request: Request, feed: Feed, decoder: str) -> Cut:
     from nvidia.dali import fn
 
     encoded, size, crop_x, crop_y = _inputs(feed, ("FLOAT", 1), ("FLOAT", 0), ("FLOAT", 0))
-    images = fn.resize(fn.decoders.image(encoded, **_decoder(decoder)), size=size, **_linear())
-    side = (request.side, request.side)
+    images = fn.resize(fn.decoders.image(encoded, **_decoder(request, decoder)), size=size, **_linear())
+    side = (request.side(0), request.side(0))
     return images, 0, {"crop": side, "crop_pos_x": crop_x, "crop_pos_y": crop_y, "rounding": "round"}
 
 
@@ -280,13 +293,15 @@ def _normalize(request: Request, images: Any, mirror: Any, crop: dict[str, Any])
     )
 
 
-def _decoder(device: str) -> dict[str, Any]:
+def _decoder(request: Request, device: str) -> dict[str, Any]:
     from nvidia.dali import types
 
     # Sizes in the index and PIL's images are those before an EXIF turn.
     arguments = {"device": device, "output_type": types.RGB, "adjust_orientation": False}
     if device == "mixed":
-        arguments["hw_decoder_load"] = _HARDWARE_DECODER_SHARE
+        arguments["hw_decoder_load"] = share = request.cfg.hw_decoder_share
+        if 0 < share < 1:
+            _log.warning("data.hw_decoder_share %g: images now depend on the number of ranks; 0 and 1 are exact", share)
     return arguments
 
 

@@ -1,12 +1,13 @@
 """Decoded pixels to normalized batches on the CPU: all that the readers of files have in common, but the decoder.
 
-In: uint8 pixels of one image, its window. Out: float32 values in its place of a batch.
+In: uint8 pixels of one image, its window. Out: normalized values in its place of a batch, mixed with its partner's
+where that is asked for.
 
     resize, cut     one image: uint8 to uint8
     Normalizer      one image, perhaps mirrored: uint8 into its float32 slot
     Finisher        a whole batch, in threads
 
-Everything works on one image in one thread, so the number of threads changes no bit. The resize is torch's for uint8:
+Everything works on one image (or pair) in one thread, so the number of threads changes no bit. The resize is torch's for uint8:
 linear with antialiasing, at most 1/255 from PIL's BILINEAR, several times as fast.
 """
 
@@ -18,8 +19,9 @@ from torch.nn import functional
 
 from ii_dist.data.ahead import Chunks
 from ii_dist.data.augment import EvalWindows, TrainWindows
+from ii_dist.data.mix_images import F32, mix_pair
 from ii_dist.data.positions import Rows
-from ii_dist.data.source import Batch, Request
+from ii_dist.data.source import Batch, Request, beside_images
 
 # torch starts threads of its own, for each thread of ours, where an elementwise operation has more values than this.
 _SERIAL_VALUES = 32768
@@ -72,30 +74,65 @@ class Normalizer:
 
 
 class Finisher:
-    """Makes batches of decoded images, the images shared out among `request.threads` threads."""
+    """Makes batches of decoded images, the images shared out among `request.threads` threads; one batch at a time."""
 
     def __init__(self, request: Request) -> None:
         assert request.index is not None
         self._request, self._label = request, request.index.label
         self._chunks = Chunks(request.threads, quick_s=0)
-        self._normalizer = Normalizer(request.cfg.mean, request.cfg.std, request.side, request.channels_last)
+        self._normalizers: dict[int, Normalizer] = {}
+        self._dtype: torch.dtype = getattr(torch, request.dtype)
+        self._kept = np.empty(0, dtype=np.float32)
 
     def batch(self, rows: Rows, windows: TrainWindows | EvalWindows, decoded: Callable[[int], torch.Tensor]) -> Batch:
         """A batch on the CPU, its memory its own. decoded(i): uint8 pixels (height x width x 3) of the i-th image:
         its window for training, the whole for evaluation; called once for each i, in any thread."""
-        side, count = self._request.side, len(rows.index_N)
-        shape = (count, side, side, 3) if self._request.channels_last else (count, 3, side, side)
-        # numpy asks the system for huge pages; torch's own memory would cost more in page faults than the writing.
-        slots = torch.from_numpy(np.empty(shape, dtype=np.float32))
+        side, count, last = self._request.side(rows.epoch), len(rows.index_N), self._request.channels_last
+        slots = self._room((count, side, side, 3) if last else (count, 3, side, side))
+        normalizer, mixing = self._normalizer(side), self._request.mixing(rows)
 
         def finish(i: int) -> None:
             mirrored = isinstance(windows, TrainWindows) and bool(windows.flip_N[i])
-            self._normalizer.write(cut(decoded(i), windows, i, side), mirrored, slots[i])
+            normalizer.write(cut(decoded(i), windows, i, side), mirrored, torch.from_numpy(slots[i]))
 
         self._chunks.each(finish, count)
-        images_NCHW = slots.permute(0, 3, 1, 2) if self._request.channels_last else slots
-        arrays = (self._label[rows.index_N].astype(np.int64), rows.weight_N, rows.index_N)
-        return Batch(images_NCHW, *(torch.from_numpy(array) for array in arrays))
+        if mixing is not None:
+            self._chunks.each(lambda pair: mix_pair(slots, mixing, pair, last), count // 2)
+        images = self._converted(slots)
+        beside = beside_images(self._label[rows.index_N].astype(np.int64), rows, mixing)
+        images_NCHW = images.permute(0, 3, 1, 2) if last else images
+        return Batch(images_NCHW, *(torch.from_numpy(array) for array in beside))
+
+    def _normalizer(self, side: int) -> Normalizer:
+        """One for each side that the images have had."""
+        if side not in self._normalizers:
+            cfg = self._request.cfg
+            self._normalizers[side] = Normalizer(cfg.mean, cfg.std, side, self._request.channels_last)
+        return self._normalizers[side]
+
+    def _room(self, shape: tuple[int, ...]) -> F32:
+        """Where a batch is finished: memory of its own, or for images of another type memory that is used again."""
+        # numpy asks the system for huge pages; torch's own memory would cost more in page faults than the writing.
+        if self._dtype == torch.float32:
+            return np.empty(shape, dtype=np.float32)
+        if self._kept.shape != shape:
+            self._kept = np.empty(shape, dtype=np.float32)
+        return self._kept
+
+    def _converted(self, slots: F32) -> torch.Tensor:
+        """The finished batch in the type that was asked for."""
+        finished = torch.from_numpy(slots)
+        if self._dtype == torch.float32:
+            return finished
+        images = torch.from_numpy(np.empty(slots.shape, dtype=np.int16)).view(self._dtype)
+
+        def convert(i: int) -> None:
+            pieces = -(-finished[i].numel() // _SERIAL_VALUES)
+            for to, piece in zip(images[i].view(-1).chunk(pieces), finished[i].view(-1).chunk(pieces), strict=True):
+                to.copy_(piece)
+
+        self._chunks.each(convert, len(images))
+        return images
 
     def close(self) -> None:
         self._chunks.close()

@@ -8,11 +8,15 @@ is exact for the same reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ii_dist.config.schema import DataConfig
 from ii_dist.data.augment import EvalWindows, TrainWindows, eval_windows, train_windows
+from ii_dist.data.mix import Mixing, draw_mixing, partners_of
 from ii_dist.data.positions import Position, Rows, Schedule
 
 if TYPE_CHECKING:  # annotations only: a config check or a tool imports this room without torch
@@ -25,14 +29,18 @@ if TYPE_CHECKING:  # annotations only: a config check or a tool imports this roo
 class Batch:
     """One batch of one rank, on its device.
 
-    images_NCHW: float32, normalized; strides are channels-last where that was asked for. labels_N: int64.
+    images_NCHW: normalized, of `data.image_dtype`; strides are channels-last where that was asked for. labels_N: int64.
     weight_N: float32, 1 counts and 0 is padding (evaluation only). index_N: int64, row in the index.
+    partner_labels_N: int64, labels of the images mixed in. label_share_N: float32, share of the own label, 1 where an
+    image is not mixed; the partner's label has the rest. Both None where nothing is mixed.
     """
 
     images_NCHW: torch.Tensor
     labels_N: torch.Tensor
     weight_N: torch.Tensor
     index_N: torch.Tensor
+    partner_labels_N: torch.Tensor | None = None
+    label_share_N: torch.Tensor | None = None
 
 
 class BatchSource(Protocol):
@@ -67,7 +75,8 @@ class Producer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a producer is to make. device: "cpu" or "cuda:N". index: None for synthetic images."""
+    """What a producer is to make. device: "cpu" or "cuda:N". index: None for synthetic images. mix_epochs: epochs from
+    the first on in which images are mixed; in evaluation none."""
 
     cfg: DataConfig
     schedule: Schedule
@@ -77,11 +86,22 @@ class Request:
     channels_last: bool
     threads: int
     index: Index | None = None
+    mix_epochs: int = 0
+
+    def side(self, epoch: int) -> int:
+        """Height and width of the images of an epoch, pixels."""
+        return self.cfg.side_of_epoch(epoch) if self.train else self.cfg.eval_image_size
 
     @property
-    def side(self) -> int:
-        """Height and width of the images, pixels."""
-        return self.cfg.image_size if self.train else self.cfg.eval_image_size
+    def dtype(self) -> str:
+        """torch's name of the images' type; whoever knows the engine's precision has decided what auto is."""
+        return "float32" if self.cfg.image_dtype == "auto" else self.cfg.image_dtype
+
+    def mixing(self, rows: Rows) -> Mixing | None:
+        """How the images of one batch are mixed, if they are."""
+        if rows.epoch >= self.mix_epochs:
+            return None
+        return draw_mixing(self.seed, rows.epoch, rows.index_N, self.side(rows.epoch), self.cfg.augment)
 
     def windows(self, rows: Rows) -> TrainWindows | EvalWindows:
         """What is cut out of the images of one batch."""
@@ -90,6 +110,27 @@ class Request:
         if self.train:
             return train_windows(self.seed, rows.epoch, rows.index_N, width_N, height_N, self.cfg.augment)
         return eval_windows(width_N, height_N, self.cfg.eval_resize, self.cfg.eval_image_size)
+
+
+def beside_images(labels_N: NDArray[np.int64], rows: Rows, mixing: Mixing | None) -> tuple[NDArray[Any], ...]:
+    """What a `Batch` holds after its images, in its order; without an end where nothing is mixed."""
+    whole = (labels_N, rows.weight_N, rows.index_N)
+    return whole if mixing is None else (*whole, partners_of(labels_N), mixing.label_share_N)
+
+
+def pinned(batch: Batch) -> Batch:
+    """`batch` in memory from which a GPU copies while the host goes on."""
+    return _each(batch, lambda tensor: tensor.pin_memory())
+
+
+def moved(batch: Batch, device: str) -> Batch:
+    """`batch`, which is pinned, on its way to `device`."""
+    return _each(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _each(batch: Batch, do: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    tensors: dict[str, torch.Tensor | None] = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: do(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
 class NumberedSource:

@@ -13,7 +13,7 @@ from ii_dist.config.errors import DataError
 from ii_dist.data.ahead import Ahead
 from ii_dist.data.augment import TrainWindows
 from ii_dist.data.resample import Finisher
-from ii_dist.data.source import Batch, Request
+from ii_dist.data.source import Batch, Request, moved, pinned
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -38,8 +38,7 @@ class TorchProducer:
         batch = self._ahead.next()
         if self._request.device == "cpu":
             return batch
-        tensors = (batch.images_NCHW, batch.labels_N, batch.weight_N, batch.index_N)
-        return Batch(*(tensor.to(self._request.device, non_blocking=True) for tensor in tensors))
+        return moved(batch, self._request.device)
 
     def close(self) -> None:
         self._stop()
@@ -60,7 +59,7 @@ class TorchProducer:
         batch = self._finisher.batch(rows, windows, decoded)
         if self._request.device == "cpu":
             return batch
-        return Batch(batch.images_NCHW.pin_memory(), batch.labels_N, batch.weight_N, batch.index_N)
+        return pinned(batch)
 
     def _decode(self, row: int, box: Box | None) -> torch.Tensor:
         """Image `row`, or what lies in `box`: uint8, height x width x 3."""

@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ii_dist.config.plan import Plan
 from ii_dist.config.schema import EngineConfig, OptimConfig
 from ii_dist.engine.engine import BatchLike, EngineState, Sums
-from ii_dist.engine.numerics import Average, FlatBuffers, count_correct, global_norm, image_losses, loss_sum
+from ii_dist.engine.losses import Labels, loss_sum
+from ii_dist.engine.numerics import Average, FlatBuffers, count_correct, global_norm, image_losses
 from ii_dist.engine.states import fill, model_tensors, named_optimizer_tensors, restore_optimizer
 from ii_dist.optim import learning_rate, make_optimizer, set_learning_rate, takes_found_inf
 from ii_dist.runtime.seeds import seed_step
@@ -108,7 +109,7 @@ class DDPEngine:
         try:
             with self._autocast():
                 logits_NC = model(self._images(batch))
-            labels_N, weight_N = self._labels(batch), batch.weight_N.to(self._device)
+            labels_N, weight_N = Labels.of(batch, self._device).own_N, batch.weight_N.to(self._device)
             top1, top5 = count_correct(logits_NC, labels_N, weight_N)
             loss = image_losses(logits_NC, labels_N) @ weight_N
             return {"loss": loss, "images": weight_N.sum(), "top1": top1, "top5": top5}
@@ -156,14 +157,14 @@ class DDPEngine:
         total: list[torch.Tensor] = []
         last = len(micro_batches) - 1
         for k, batch in enumerate(micro_batches):
-            labels_N = self._labels(batch)
+            labels = Labels.of(batch, self._device)
             with self._no_sync() if k < last else contextlib.nullcontext():
                 with self._autocast():
                     logits_NC = self._network(self._images(batch))
-                loss = loss_sum(logits_NC, labels_N, self._parts.optim.label_smoothing)
+                loss = loss_sum(logits_NC, labels, self._parts.optim)
                 # Started with 1 / images of this rank: DDP takes the mean over ranks, the engine over images.
                 self._scaler.scale(loss).backward(self._share)  # type: ignore[no-untyped-call]
-            sums = [loss.detach(), *count_correct(logits_NC.detach(), labels_N)]
+            sums = [loss.detach(), *count_correct(logits_NC.detach(), labels.main_N)]
             total = sums if not total else [a + b for a, b in zip(total, sums, strict=True)]
         return total
 
@@ -203,9 +204,6 @@ class DDPEngine:
 
     def _images(self, batch: BatchLike) -> torch.Tensor:
         return batch.images_NCHW.to(self._device, non_blocking=True, memory_format=self._format)
-
-    def _labels(self, batch: BatchLike) -> torch.Tensor:
-        return batch.labels_N.to(self._device, non_blocking=True)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         precision = self._parts.engine.precision

@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import torch
 
 Sums = Mapping[str, torch.Tensor]
-"""0-dim device tensors. Sums over this rank's images: loss, images, top1, top5. Equal on all ranks: grad_norm,
-skipped (1 when this update was left out for a non-finite number, else 0; loss and grad_norm of such a step may be no
-numbers), skipped_in_row."""
+"""0-dim device tensors. Sums over this rank's images: loss, images, top1, top5 (of a mixed image the label with the
+larger share counts). Equal on all ranks: grad_norm, skipped (1 when this update was left out for a non-finite number,
+else 0; loss and grad_norm of such a step may be no numbers), skipped_in_row."""
 
 
 class BatchLike(Protocol):
-    """What an engine reads of a batch."""
+    """What an engine reads of a batch. The last two belong to images mixed in pairs; None for others."""
 
     @property
     def images_NCHW(self) -> torch.Tensor: ...
@@ -25,6 +25,10 @@ class BatchLike(Protocol):
     def labels_N(self) -> torch.Tensor: ...
     @property
     def weight_N(self) -> torch.Tensor: ...
+    @property
+    def partner_labels_N(self) -> torch.Tensor | None: ...
+    @property
+    def label_share_N(self) -> torch.Tensor | None: ...
 
 
 @dataclass(slots=True)

@@ -21,11 +21,6 @@ def count_correct(
     return at_place_k[0], at_place_k.sum()
 
 
-def loss_sum(logits_NC: torch.Tensor, labels_N: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Cross entropy with label smoothing summed over the images, in float32."""
-    return F.cross_entropy(logits_NC.float(), labels_N, label_smoothing=smoothing, reduction="sum")
-
-
 def image_losses(logits_NC: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
     """Cross entropy of each image, in float32."""
     return F.cross_entropy(logits_NC.float(), labels_N, reduction="none")

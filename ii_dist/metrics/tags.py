@@ -29,7 +29,12 @@ _ROWS = (
         "mean",
         "Training loss, mean over the images since the last line; skipped updates left out.",
     ),
-    Tag("train/top1", "%", "mean", "Training images whose likeliest class was right, since the last line."),
+    Tag(
+        "train/top1",
+        "%",
+        "mean",
+        "Training images whose likeliest class was right, since the last line (of a mixed image: the larger share).",
+    ),
     Tag("train/top5", "%", "mean", "Training images whose class was among the five likeliest, since the last line."),
     Tag("train/learning_rate", "", "first", "Learning rate of this step."),
     Tag(

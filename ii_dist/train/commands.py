@@ -53,9 +53,8 @@ def evaluate_checkpoint(cfg: RunConfig, plan: Plan, world: World, path: Path) ->
     set_up_logging(world)
     with contextlib.ExitStack() as stack:
         device = join(cfg, world, stack)
-        source = make_eval_source(
-            cfg.data, plan, world, cfg.seed, str(device), cfg.engine.channels_last, cfg.train.eval_batch_per_rank
-        )
+        data, last = cfg.data_on(device.type), cfg.engine.channels_last
+        source = make_eval_source(data, plan, world, cfg.seed, str(device), last, cfg.train.eval_batch_per_rank)
         stack.callback(source.close)
         engine = build_engine(cfg, plan, world, device)
         stack.callback(engine.close)

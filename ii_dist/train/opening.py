@@ -148,10 +148,10 @@ def _write_config(cfg: RunConfig, folder: RunFolder, new_config: bool) -> None:
 def _open_sources(
     cfg: RunConfig, plan: Plan, world: World, device: torch.device, stack: contextlib.ExitStack
 ) -> tuple[BatchSource, BatchSource]:
-    at, last = str(device), cfg.engine.channels_last
-    train_source = make_train_source(cfg.data, plan, world, cfg.seed, at, last)
+    at, last, data = str(device), cfg.engine.channels_last, cfg.data_on(device.type)
+    train_source = make_train_source(data, plan, world, cfg.seed, at, last)
     stack.callback(train_source.close)
-    eval_source = make_eval_source(cfg.data, plan, world, cfg.seed, at, last, cfg.train.eval_batch_per_rank)
+    eval_source = make_eval_source(data, plan, world, cfg.seed, at, last, cfg.train.eval_batch_per_rank)
     stack.callback(eval_source.close)
     return train_source, eval_source
 
@@ -166,7 +166,7 @@ def build_engine(cfg: RunConfig, plan: Plan, world: World, device: torch.device)
     model = create_model(cfg.model, plan.num_classes)
     return make_engine(
         model,
-        EngineParts(cfg.engine, cfg.optim, plan, device, cfg.seed, world.rank, cfg.data.image_size),
+        EngineParts(cfg.engine, cfg.optim, plan, device, cfg.seed, world.rank, cfg.data.side_of_epoch(0)),
     )
 
 

@@ -28,6 +28,8 @@ class Images:
     images_NCHW: torch.Tensor
     labels_N: torch.Tensor
     weight_N: torch.Tensor
+    partner_labels_N: torch.Tensor | None = None
+    label_share_N: torch.Tensor | None = None
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -101,6 +103,36 @@ def test_trains_like_plain_torch(kind: str, accumulate: int, clip: float) -> Non
     state = engine.state().tensors
     for name, tensor in reference.state_dict().items():
         torch.testing.assert_close(state[f"model.{name}"], tensor, rtol=1e-4, atol=1e-5, check_stride=False)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
+def test_mixed_images_are_trained_on_the_shares_of_both_labels(kind: str, loss: str) -> None:
+    """The same step written out, with soft targets."""
+    made_from = parts(accumulate=2, engine={"kind": kind}, loss=loss)
+    engine, reference = make_engine(network(), made_from), network()
+    share_N = torch.tensor([1.0, 0.7, 0.2, 0.5, 0.9, 0.45]).repeat(2)
+    batch = images(0)
+    partner_N = batch.labels_N[torch.arange(12) ^ 1]
+    two = [
+        Images(batch.images_NCHW[h], batch.labels_N[h], batch.weight_N[h], partner_N[h], share_N[h])
+        for h in (slice(0, 6), slice(6, 12))
+    ]
+    sums = engine.train_step(two)
+    hot = F.one_hot(batch.labels_N, CLASSES) * share_N[:, None] + F.one_hot(partner_N, CLASSES) * (1 - share_N[:, None])
+    target_NC = 0.9 * hot + 0.1 / CLASSES
+    losses, found = [], []
+    for h in (slice(0, 6), slice(6, 12)):
+        logits_NC = reference(batch.images_NCHW[h])
+        found.append(logits_NC)
+        each = F.cross_entropy if loss == "cross_entropy" else F.binary_cross_entropy_with_logits
+        losses.append(each(logits_NC, target_NC[h]) * 6)
+        (losses[-1] / 12).backward()
+    assert sums["loss"].item() == pytest.approx(sum(losses).item(), rel=1e-5)  # type: ignore[union-attr]
+    main_N = torch.where(share_N >= 0.5, batch.labels_N, partner_N)
+    assert sums["top1"].item() == (torch.cat(found).argmax(1) == main_N).sum().item()
+    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in reference.parameters() if p.grad is not None]))
+    assert sums["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ENGINES)
@@ -187,6 +219,17 @@ def test_a_state_of_another_network_is_refused_in_one_line(kind: str) -> None:
         with pytest.raises(CheckpointError, match=rf"checkpoint of another model: .*{part}") as caught:
             engine.load_state(wrong)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_images_of_the_computed_type_are_what_the_first_layer_would_make_of_them(kind: str) -> None:
+    engines = [make_engine(network(), parts(engine={"kind": kind, "precision": "bf16"})) for _ in range(2)]
+    for step in range(2):
+        exact = images(step)
+        rounded = Images(exact.images_NCHW.bfloat16(), exact.labels_N, exact.weight_N)
+        one, two = engines[0].train_step([exact]), engines[1].train_step([rounded])
+        assert all(torch.equal(one[key], two[key]) for key in one)
+        assert engines[0].eval_step(exact)["loss"] == engines[1].eval_step(rounded)["loss"]
 
 
 @pytest.mark.parametrize("kind", ENGINES)

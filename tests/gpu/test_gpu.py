@@ -6,11 +6,13 @@ Run with `make gpu-check` on a machine with CUDA; skipped elsewhere.
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from ii_dist.checkpoint import CheckpointStore, RunFacts, Saver, find_newest, load_step
 from ii_dist.config import (
+    AugmentConfig,
     CheckpointConfig,
     DataConfig,
     DataFacts,
@@ -23,7 +25,10 @@ from ii_dist.config import (
     make_plan,
 )
 from ii_dist.data import Batch, build_index, make_eval_source, make_train_source, write_index
+from ii_dist.data.mix import draw_mixing
+from ii_dist.data.mix_images import mix_batch
 from ii_dist.engine import EngineParts, make_engine
+from ii_dist.engine.losses import Labels, loss_sum
 from ii_dist.metrics.means import RunningMeans
 from ii_dist.models import create_model
 from ii_dist.runtime import World
@@ -111,6 +116,68 @@ def test_dali_decodes_on_the_gpu_what_it_decodes_on_the_cpu(tmp_path: Path) -> N
         assert (on_cpu.images_NCHW - on_gpu.images_NCHW.cpu()).abs().mean() < 0.05
         for source in sources:
             source.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dali_mixes_and_resizes_on_the_gpu_as_on_the_cpu(tmp_path: Path, dtype: str) -> None:
+    for split in ("train", "val"):
+        make_image_folder(tmp_path / split, classes=3, per_class=16, size=(96, 80))
+        rows, classes = build_index(tmp_path / split)
+        write_index(tmp_path / f"{split}.index", rows, classes, root=split)
+    fields = {
+        "root": str(tmp_path),
+        "size_schedule": [[0, 32], [2, 64]],
+        "size_multiple": 16,
+        "image_dtype": dtype,
+        "augment": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
+    }
+    data = DataConfig.model_validate(fields)
+    run = RunConfig(name="x", data=data.model_copy(update={"image_dtype": "auto"}), train=TrainConfig(global_batch=16))
+    plan, world = make_plan(run, 1, DataFacts(48, 48, 3)), World(gpus=1)
+    sources = [make_train_source(data, plan, world, 0, device, True) for device in ("cpu", "cuda:0")]
+    for number, (on_cpu, on_gpu) in enumerate(zip(*sources, strict=False)):
+        assert on_gpu.images_NCHW.shape == (16, 3, *[(32, 48, 64)[number // 3]] * 2)
+        assert on_gpu.images_NCHW.dtype == on_cpu.images_NCHW.dtype == getattr(torch, dtype)
+        assert on_gpu.images_NCHW.is_contiguous(memory_format=torch.channels_last)
+        for name in ("labels_N", "partner_labels_N", "label_share_N"):
+            assert torch.equal(getattr(on_cpu, name), getattr(on_gpu, name).cpu())
+        gap = (on_cpu.images_NCHW.float() - on_gpu.images_NCHW.cpu().float()).abs()
+        assert (
+            gap.mean() < 0.05
+        )  # the decoders and the resizes round differently; a wrong partner would be ten times that
+        if number == 8:
+            break
+    for source in sources:
+        source.close()
+
+
+def test_mixing_gives_the_same_bits_on_the_gpu_and_asks_it_nothing() -> None:
+    mixing = draw_mixing(0, 0, np.arange(32), 48, AugmentConfig(mixup_alpha=0.8, cutmix_alpha=1.0))
+    images_NCHW = torch.randn(32, 3, 48, 48).contiguous(memory_format=torch.channels_last)
+    arguments = images_NCHW, torch.from_numpy(mixing.own_N), torch.from_numpy(mixing.box_N4)
+    on_gpu = [each.cuda() for each in arguments]
+    mix_batch(*on_gpu)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = mix_batch(*on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.cpu(), mix_batch(*arguments))
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
+def test_the_loss_of_mixed_labels_asks_the_device_nothing(loss: str) -> None:
+    optim = OptimConfig.model_validate({"loss": loss})
+    logits_NC, own_N = torch.randn(32, CLASSES), torch.randint(CLASSES, (32,))
+    labels = Labels(own_N, own_N.flip(0), torch.rand(32))
+    on_gpu = Labels(*(each.cuda() for each in (labels.own_N, labels.partner_N, labels.share_N)))  # type: ignore[union-attr]
+    logits_on_gpu_NC = logits_NC.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = loss_sum(logits_on_gpu_NC, on_gpu, optim)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.item() == pytest.approx(loss_sum(logits_NC, labels, optim).item(), rel=1e-5)
 
 
 def test_a_save_from_device_memory_holds_the_values_of_its_step(tmp_path: Path) -> None:

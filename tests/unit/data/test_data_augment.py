@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ii_dist.config import AugmentConfig
-from ii_dist.data.augment import _exp, _log, crop_windows, eval_windows, flips, train_windows
+from ii_dist.data.augment import crop_windows, eval_windows, flips, train_windows
 
 CFG = AugmentConfig()
 GOLDEN_WINDOWS = [[230, 8, 252, 238, 0], [51, 189, 183, 142, 0], [1, 6, 378, 365, 1], [1, 137, 224, 185, 1]]
@@ -86,13 +86,6 @@ def test_flips_follow_their_probability() -> None:
     assert abs(flips(0, 0, index, CFG).mean() - 0.5) < 0.02
     both = flips(0, 0, index, CFG) & flips(0, 1, index, CFG)
     assert abs(both.mean() - 0.25) < 0.02
-
-
-def test_the_machine_free_exponential_agrees_with_libm() -> None:
-    x = np.linspace(-5, 5, 1001)
-    assert np.allclose(_exp(x), np.exp(x), rtol=1e-12, atol=0)
-    for value in (0.01, 0.5, 0.75, 1.0, 4 / 3, 2.0, 50.0):
-        assert math.isclose(_log(value), math.log(value), rel_tol=1e-12, abs_tol=1e-12)
 
 
 def test_the_windows_never_change_by_accident() -> None:

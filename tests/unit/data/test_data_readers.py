@@ -23,7 +23,7 @@ from ii_dist.config import ClusterError, ConfigError, DataConfig, DataError
 from ii_dist.data import Batch, BatchSource, Index, Position, make_eval_source, make_train_source
 from ii_dist.data.ahead import Chunks
 from ii_dist.data.augment import eval_windows, train_windows
-from ii_dist.data.dali import _Pipe
+from ii_dist.data.dali import _decoder, _Pipe
 from ii_dist.data.source import Request
 from ii_dist.runtime import World
 from tests.images import make_data_set, plan_of, run_config
@@ -342,3 +342,16 @@ def test_synthetic_images_can_be_learned(root: Path, classes: int) -> None:
     assert torch.equal(distances.argmin(1), held_out.labels_N)
     shared = [torch.equal(a, b) for a in train.images_NCHW for b in held_out.images_NCHW]
     assert not any(shared)
+
+
+def test_the_hardware_decoders_share_is_passed_on_and_warned_of(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for share, warned in ((1.0, False), (0.0, False), (0.75, True)):
+        caplog.clear()
+        source = train_source(config(root, "dali", hw_decoder_share=share))
+        request: Request = source._producer._request  # type: ignore[attr-defined]
+        assert _decoder(request, "mixed")["hw_decoder_load"] == share
+        assert ("data.hw_decoder_share 0.75: images now depend" in caplog.text) == warned
+        assert "hw_decoder_load" not in _decoder(request, "cpu")
+        source.close()
