@@ -6,6 +6,7 @@ In: a `DataConfig`, a `Plan`, a `World`, a seed. Out: a `BatchSource`: normalize
     counter         random bits as a pure function of integers
     order           the permutation of an epoch; positions: which part of it a rank's n-th batch takes
     augment         crop windows and flips; evaluation windows
+    digests         what a source is about to read, and whether all ranks together read what they should
     source          Batch, Position, BatchSource and what a producer is told
     dali            decoded by DALI, on a GPU finished there too; torch_reader: decoded by PIL; synthetic: no files
     resample        resize, flip and normalize on the CPU, for both readers
@@ -74,7 +75,7 @@ def _make(request: Request) -> BatchSource:
         raise ConfigError(f"data.source {request.cfg.source!r}: is not one of {', '.join(SOURCES)}")
     module, name = SOURCES[request.cfg.source].split(":")
     producer: Callable[[Request], Producer] = getattr(importlib.import_module(module), name)
-    return NumberedSource(request.schedule, producer(request))
+    return NumberedSource(request, producer(request))
 
 
 def _open_index(cfg: DataConfig, split: str, images: int, num_classes: int, world: World) -> Index | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ii_dist.config.schema import DataConfig
 from ii_dist.data.augment import EvalWindows, TrainWindows, eval_windows, train_windows
+from ii_dist.data.digests import Outlook
 from ii_dist.data.positions import Position, Rows, Schedule
 
 if TYPE_CHECKING:  # annotations only: a config check or a tool imports this room without torch
@@ -48,6 +49,9 @@ class BatchSource(Protocol):
     def seek(self, position: Position) -> None:
         """Go on from `position`, which any number of ranks may have saved. Decodes nothing. Raises ConfigError where
         no batch begins there (another global batch)."""
+
+    def outlook(self) -> Outlook:
+        """What comes next, without reading it: for a check between ranks. Costs nothing."""
 
     def close(self) -> None:
         """Stop threads and free buffers; call it last, twice does no harm. Batches handed out stay valid."""
@@ -95,8 +99,8 @@ class Request:
 class NumberedSource:
     """A `BatchSource`: counts batches and leaves their making to a producer."""
 
-    def __init__(self, schedule: Schedule, producer: Producer) -> None:
-        self._schedule, self._producer = schedule, producer
+    def __init__(self, request: Request, producer: Producer) -> None:
+        self._request, self._schedule, self._producer = request, request.schedule, producer
         self._number = 0
         producer.start(0)
 
@@ -115,6 +119,9 @@ class NumberedSource:
     def seek(self, position: Position) -> None:
         self._number = self._schedule.number(position)
         self._producer.start(self._number)
+
+    def outlook(self) -> Outlook:
+        return Outlook(self._request, self._number)
 
     def close(self) -> None:
         self._producer.close()
