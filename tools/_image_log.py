@@ -120,7 +120,7 @@ def first_difference(expected: Recording, found: Recording, index: Index | None)
                 f"{where}): is {_name(index, image.row)} for {who}, "
                 f"{_name(index, other.row)} for {ranks_text(expected.ranks)} uninterrupted"
             )
-        return f"{where}, {_name(index, image.row)}): other values for {who} than for {ranks_text(expected.ranks)} uninterrupted"
+        return f"{where}, {_name(index, image.row)}): values differ between {who} and {ranks_text(expected.ranks)} uninterrupted"
     first, last = (dataclasses.astuple(found.positions[i]) for i in (0, -1))
     missing = sorted(place for place in expected.images if first <= place < last and place not in found.images)
     return (
