@@ -25,9 +25,11 @@ Tell = Callable[[int], None]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Image:
-    """One image as it was handed out: its row in the index; a hash of its values, label and weight."""
+    """One image as it was handed out: the row that stands at its place; the row that was given, another one where the
+    file is bad; a hash of its values, label, weight and so on."""
 
     row: int
+    given: int
     sha256: bytes
 
 
@@ -66,10 +68,11 @@ def record(cfg: RunConfig, ranks: int, steps: int, device: str, start: Position 
             positions, batches = [source.position()], iter(source)
             for _ in range(steps):
                 for _ in range(plan.accumulate_steps):
-                    at = source.position()
-                    batch = next(batches)
+                    at, outlook = source.position(), source.outlook()
+                    row_N = outlook.rows([outlook.number])[0].tolist()
                     first = at.offset + rank * plan.micro_batch
-                    found.images |= {(at.epoch, first + i): image for i, image in enumerate(hash_images(batch))}
+                    for i, image in enumerate(hash_images(next(batches), row_N)):
+                        found.images[at.epoch, first + i] = image
                     tell(plan.micro_batch)
                 positions.append(source.position())
         finally:
@@ -80,17 +83,18 @@ def record(cfg: RunConfig, ranks: int, steps: int, device: str, start: Position 
     return found
 
 
-def hash_images(batch: Batch) -> list[Image]:
-    """Each image of `batch` with all that belongs to it: every tensor that has an entry for each image."""
-    rows = batch.index_N.tolist()
+def hash_images(batch: Batch, row_N: list[int]) -> list[Image]:
+    """Each image of `batch` with all that belongs to it: every tensor that has an entry for each image. row_N: the rows
+    that the batch was asked for."""
+    given_N = batch.index_N.tolist()
     fields = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
-    columns = [_bytes_of(value) for value in fields if getattr(value, "ndim", 0) and len(value) == len(rows)]
+    columns = [_bytes_of(value) for value in fields if getattr(value, "ndim", 0) and len(value) == len(row_N)]
     images = []
-    for i, row in enumerate(rows):
+    for i, (row, given) in enumerate(zip(row_N, given_N, strict=True)):
         content = hashlib.sha256()
         for column in columns:
             content.update(column(i))
-        images.append(Image(row, content.digest()))
+        images.append(Image(row, given, content.digest()))
     return images
 
 
@@ -115,12 +119,13 @@ def first_difference(expected: Recording, found: Recording, index: Index | None)
         who = f"{ranks_text(found.ranks)} resumed at image {at_start.offset:,} of epoch {at_start.epoch}"
         if other is None:
             return f"{where}): handed out by {who}, never by {ranks_text(expected.ranks)} uninterrupted"
-        if other.row != image.row:
+        if other.given != image.given:
             return (
-                f"{where}): is {_name(index, image.row)} for {who}, "
-                f"{_name(index, other.row)} for {ranks_text(expected.ranks)} uninterrupted"
+                f"{where}): is {_name(index, image.given)} for {who}, "
+                f"{_name(index, other.given)} for {ranks_text(expected.ranks)} uninterrupted"
             )
-        return f"{where}, {_name(index, image.row)}): values differ between {who} and {ranks_text(expected.ranks)} uninterrupted"
+        image_name, others = _name(index, image.given), f"{ranks_text(expected.ranks)} uninterrupted"
+        return f"{where}, {image_name}): values differ between {who} and {others}"
     first, last = (dataclasses.astuple(found.positions[i]) for i in (0, -1))
     missing = sorted(place for place in expected.images if first <= place < last and place not in found.images)
     return (

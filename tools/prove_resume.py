@@ -30,6 +30,8 @@ class Proof:
     steps: int
     global_batch: int
     images: int
+    bad_files: int
+    """Images in whose place another one was given."""
     from_ranks: int
     to_ranks: int
     resumed_after_step: int
@@ -41,8 +43,9 @@ class Proof:
     """Over all images of the uninterrupted run."""
 
     def line(self) -> str:
+        bad = f" ({self.bad_files:,} in the place of bad files)" if self.bad_files else ""
         return (
-            f"{self.steps} steps of {self.global_batch}: {self.images:,} images, hashes agree between "
+            f"{self.steps} steps of {self.global_batch}: {self.images:,} images{bad}, hashes agree between "
             f"{ranks_text(self.from_ranks)} uninterrupted and {ranks_text(self.to_ranks)} resumed at step "
             f"{self.resumed_after_step}, and from the middle of epoch {self.middle_at.epoch} (image "
             f"{self.middle_at.offset:,}); each sample at most once an epoch; images {self.sha256[:12]}"
@@ -95,6 +98,7 @@ def prove(cfg: RunConfig, steps: int, from_ranks: int, to_ranks: int) -> Proof:
         steps=2 * steps,
         global_batch=plan.global_batch,
         images=len(whole.images),
+        bad_files=sum(image.given != image.row for image in whole.images.values()),
         from_ranks=from_ranks,
         to_ranks=to_ranks,
         resumed_after_step=steps,

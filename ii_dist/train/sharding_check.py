@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ii_dist.config import ClusterError, DataError, Plan, RunConfig, recipe_sha256
 from ii_dist.data import BatchSource
@@ -80,7 +79,7 @@ def check_sharding(cfg: RunConfig, plan: Plan, world: World, *sources: BatchSour
         _compare_facts(_facts(cfg, plan, outlook), world, outlook.request.train)
         looked_at += _compare_rows(cfg, plan, world, outlook)
     logger.info(
-        "sharding check: %d ranks, %d images looked at, each once (%.0f ms)",
+        "sharding check: %d ranks look ahead at %d images, each rank at its own, each image once (%.0f ms)",
         *(world.world_size, looked_at, 1000 * (time.monotonic() - started_s)),
     )
 
@@ -123,43 +122,46 @@ def _compare_facts(mine: Facts, world: World, train: bool) -> None:
 
 def _compare_rows(cfg: RunConfig, plan: Plan, world: World, outlook: Outlook) -> int:
     """Collective. Returns the number of images looked at."""
-    schedule = outlook.request.schedule
-    numbers = batches_to_look_at(schedule, plan.world_size, outlook.number)
-    epoch_M = np.array(numbers, dtype=np.int64) // schedule.batches_per_pass
-    rows_MN = outlook.rows(numbers)
-    hash_N = _hashes(outlook, rows_MN, epoch_M)
-    gathered = all_gather_bytes(rows_MN.astype("<i8").tobytes() + hash_N.astype("<u8").tobytes())
-    found_WMN, hashes_WN = _unpack(gathered, rows_MN.shape, hash_N.size)
-
-    def judge() -> str:
-        eval_batch = 0 if outlook.request.train else schedule.batch
-        wrong = describe_difference(found_WMN, expected_rows(plan, cfg.seed, numbers, eval_batch), epoch_M)
-        if wrong:
-            raise ClusterError(
-                f"{wrong}; a rank reads by its number in the whole run (RANK), never by that in its node (LOCAL_RANK): "
-                f"{_START}"
-            )
-        if outlook.request.train and (wrong := _compare_hashes(outlook, found_WMN, epoch_M, hashes_WN)):
-            raise ClusterError(wrong)
-        return ""
-
-    on_rank0(world, judge)
-    return int((found_WMN != PADDING).sum())
+    numbers = batches_to_look_at(outlook.request.schedule, plan.world_size, outlook.number)
+    gathered = all_gather_bytes(tell(outlook, numbers))
+    return int(on_rank0(world, lambda: judge(plan, cfg.seed, outlook, numbers, gathered)))
 
 
-def _hashes(outlook: Outlook, rows_MN: I64, epoch_M: I64) -> U64:
-    """Of the first images looked at in the first epoch; in evaluation nothing is drawn."""
+def tell(outlook: Outlook, numbers: Sequence[int]) -> bytes:
+    """What a rank says: its index rows in the batches `numbers` (int64), then, in training, what is done to the first
+    of these images (64 bits each)."""
+    rows_MN, epoch_M = outlook.rows(numbers), _epochs(outlook, numbers)
+    told = rows_MN.astype("<i8").tobytes()
     if not outlook.request.train:
-        return np.zeros(0, dtype=np.uint64)
-    epoch = int(epoch_M[0])
-    return outlook.parameter_hashes(epoch, rows_MN[epoch_M == epoch].ravel()[:_HASHED])
+        return told
+    first = int(epoch_M[0])
+    return told + outlook.parameter_hashes(first, rows_MN[epoch_M == first].ravel()[:_HASHED]).astype("<u8").tobytes()
 
 
-def _unpack(gathered: Sequence[bytes], shape: tuple[int, ...], hashes: int) -> tuple[I64, U64]:
-    whole = np.frombuffer(b"".join(gathered), dtype=np.uint8).reshape(len(gathered), -1)
-    split = whole.shape[1] - 8 * hashes
-    rows: NDArray[np.int64] = np.ascontiguousarray(whole[:, :split]).view("<i8").reshape(len(gathered), *shape)
-    return rows, np.ascontiguousarray(whole[:, split:]).view("<u8").reshape(len(gathered), hashes)
+def judge(plan: Plan, seed: int, outlook: Outlook, numbers: Sequence[int], gathered: Sequence[bytes]) -> str:
+    """Rank 0: the number of images, if what all ranks say, in the order of the group, is what the plan says.
+
+    Raises ClusterError where it is not.
+    """
+    batch, epoch_M = outlook.request.schedule.batch, _epochs(outlook, numbers)
+    told = np.frombuffer(b"".join(gathered), dtype="<i8").reshape(len(gathered), -1)
+    rows = len(numbers) * batch
+    found_WMN: I64 = told[:, :rows].astype(np.int64).reshape(len(gathered), len(numbers), batch)
+    expected_WMN = expected_rows(plan, seed, numbers, eval_batch=0 if outlook.request.train else batch)
+    if wrong := describe_difference(found_WMN, expected_WMN, epoch_M):
+        raise ClusterError(
+            f"{wrong}; a rank reads by its number in the whole run (RANK), never by that in its node (LOCAL_RANK): "
+            f"{_START}"
+        )
+    if outlook.request.train and (
+        wrong := _compare_hashes(outlook, found_WMN, epoch_M, told[:, rows:].view(np.uint64))
+    ):
+        raise ClusterError(wrong)
+    return str(int((found_WMN != PADDING).sum()))
+
+
+def _epochs(outlook: Outlook, numbers: Sequence[int]) -> I64:
+    return np.array(numbers, dtype=np.int64) // outlook.request.schedule.batches_per_pass
 
 
 def _compare_hashes(outlook: Outlook, found_WMN: I64, epoch_M: I64, hashes_WN: U64) -> str:

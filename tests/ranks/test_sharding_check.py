@@ -68,6 +68,7 @@ close_group()
 Path(sys.argv[1], f"{world.rank}.json").write_text(json.dumps(results))
 """
 
+APART = "ranks do not agree on what they read in training: "
 NOT_LOCAL = "a rank reads by its number in the whole run (RANK), never by that in its node (LOCAL_RANK): "
 START = "start the ranks with launch or torchrun, all with the same config"
 PLANTED = {
@@ -78,11 +79,11 @@ PLANTED = {
     "swapped": f"rank 0 reads the share of rank 1; rank 1 reads the share of rank 0; {NOT_LOCAL}{START}",
     "evaluation by local rank": "ranks 0 and 2 read the same images (8 read more than once); rank 2 reads the share of "
     f"rank 0; rank 3 reads the share of rank 1; {NOT_LOCAL}{START}",
-    "seed by rank": f"ranks do not agree on what they read in training: seed is 0 on rank 0, 1 on rank 1; {START}",
-    "other place": f"ranks do not agree on what they read in training: start image is 0 on rank 0, 24 on rank 2; {START}",
-    "other recipe": "ranks do not agree on what they read in training: recipe is ",
-    "other batch": f"ranks do not agree on what they read in training: images a batch is 6 on rank 0, 3 on rank 1; {START}",
-    "other index": "ranks do not agree on what they read in training: index is ",
+    "seed by rank": f"{APART}seed is 0 on rank 0, 1 on rank 1; {START}",
+    "other place": f"{APART}start image is 0 on rank 0, 24 on rank 2; {START}",
+    "other recipe": f"{APART}recipe is ",
+    "other batch": f"{APART}images a batch is 6 on rank 0, 3 on rank 1; {START}",
+    "other index": f"{APART}index is ",
     "other world": f"the plan is for 2 ranks, but 4 have met; {START}",
 }
 
