@@ -26,10 +26,21 @@ import numpy as np
 from ii_dist.config import DataConfig, Plan, RunConfig, make_plan
 from ii_dist.config.index_header import INDEX_FORMAT, INDEX_VERSION
 from ii_dist.config.plan import DataFacts
-from ii_dist.data.index import _COLUMNS as COLUMNS
 
 IMAGENET, LARGE = 1_281_167, 100_000_000
 RANKS, PER_RANK, CLASSES, SEED = 1024, 32, 1000, 0
+# The layout that `ii_dist.data.index` describes: safetensors type, numpy type, shape after the number of images.
+COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
+    "path_offsets": ("I64", "<i8", ()),
+    "offset": ("I64", "<i8", ()),
+    "length": ("I64", "<i8", ()),
+    "shard": ("I32", "<i4", ()),
+    "label": ("I32", "<i4", ()),
+    "width": ("I32", "<i4", ()),
+    "height": ("I32", "<i4", ()),
+    "sha256": ("U8", "u1", (32,)),
+    "path_bytes": ("U8", "u1", ()),
+}
 SHARD = "shard_00000.tar"
 
 
@@ -224,8 +235,9 @@ def ms(value: float) -> str:
     return f"{value * 1e3:.3g} ms"
 
 
-def mb(value: float) -> str:
-    return f"{value / 1e6:.3g} MB"
+def size(value: float) -> str:
+    unit, factor = next((unit for unit in (("GB", 1e9), ("MB", 1e6)) if value >= unit[1]), ("kB", 1e3))
+    return f"{value / factor:.2g} {unit}" if value < 10 * factor else f"{value / factor:.0f} {unit}"
 
 
 def whole(value: float) -> str:
@@ -235,25 +247,25 @@ def whole(value: float) -> str:
 ROWS: tuple[Row, ...] = (
     ("order: one batch of 32, anywhere in any epoch", "order/batch_s", us, "images of the batch"),
     ("order: a rank's share of a whole epoch", "order/epoch_share_s", ms, "images / ranks"),
-    ("order: memory", "order/bytes", mb, "nothing"),
-    ("index: file", "index/file_bytes", mb, "images (72 bytes and a path each)"),
+    ("order: memory", "order/bytes", size, "nothing"),
+    ("index: file", "index/file_bytes", size, "images (72 bytes and a path each)"),
     ("index: open and check its values", "index/open_s", ms, "images (24 bytes each looked at)"),
-    ("index: memory of the rank itself", "index/bytes", mb, "nothing"),
-    ("index: pages mapped, shared by the ranks of a node", "index/mapped_bytes", mb, "images looked at"),
+    ("index: memory of the rank itself", "index/bytes", size, "nothing"),
+    ("index: pages mapped, shared by the ranks of a node", "index/mapped_bytes", size, "images looked at"),
     ("index: open files", "index/files", whole, "nothing"),
     ("source: made, index and all", "index/source_s", ms, "images, as the index"),
     ("source: seek to the middle of epoch 45", "index/seek_s", us, "nothing"),
-    ("source: memory before the first batch", "index/source_bytes", mb, "nothing"),
+    ("source: memory before the first batch", "index/source_bytes", size, "nothing"),
     ("source: open files before the first batch", "index/source_files", whole, "nothing"),
     ("check, 8 ranks: images looked at", "check_8/images", whole, "65,536 + 3 batches, or the epoch"),
     ("check, 8 ranks: a rank's own part", "check_8/tell_s", ms, "images looked at / ranks"),
     ("check, 8 ranks: rank 0 judges", "check_8/judge_s", ms, "images looked at"),
     ("check, 1,024 ranks: images looked at", "check_1024/images", whole, "65,536 + 3 batches, or the epoch"),
     ("check, 1,024 ranks: a rank's own part", "check_1024/tell_s", ms, "images looked at / ranks"),
-    ("check, 1,024 ranks: told by a rank", "check_1024/bytes_told", mb, "images looked at / ranks"),
-    ("check, 1,024 ranks: received by a rank", "check_1024/bytes_received", mb, "images looked at, ranks"),
+    ("check, 1,024 ranks: told by a rank", "check_1024/bytes_told", size, "images looked at / ranks"),
+    ("check, 1,024 ranks: received by a rank", "check_1024/bytes_received", size, "images looked at, ranks"),
     ("check, 1,024 ranks: rank 0 judges", "check_1024/judge_s", ms, "images looked at, ranks"),
-    ("check, 1,024 ranks: memory of rank 0 meanwhile", "check_1024/judge_bytes", mb, "images looked at, ranks"),
+    ("check, 1,024 ranks: memory of rank 0 meanwhile", "check_1024/judge_bytes", size, "images looked at, ranks"),
 )
 
 
