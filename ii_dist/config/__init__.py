@@ -4,7 +4,7 @@ In: YAML files (`load_config`), the sizes of a data set (`data_facts`). Out: `Ru
 folder (`RunFolder`), and the errors, with their exit codes, that every other room raises.
 """
 
-from ii_dist.config.compare import recipe_differences
+from ii_dist.config.compare import recipe_differences, recipe_sha256
 from ii_dist.config.errors import CheckpointError, ClusterError, ConfigError, DataError, UserError
 from ii_dist.config.facts import data_facts
 from ii_dist.config.index_header import IndexHeader, read_index_header
@@ -53,4 +53,5 @@ __all__ = [
     "ranks_on_a_node",
     "read_index_header",
     "recipe_differences",
+    "recipe_sha256",
 ]

@@ -1,9 +1,11 @@
 """Whether two configs describe the same training.
 
-In: two `RunConfig`s. Out: the dotted keys in which their recipes differ. Keys that change where, how fast or how
-closely watched a run is, but not what it computes, do not count.
+In: two `RunConfig`s. Out: the dotted keys in which their recipes differ; of one, a digest of its recipe. Keys that
+change where, how fast or how closely watched a run is, but not what it computes, do not count.
 """
 
+import hashlib
+import json
 from typing import Any
 
 from ii_dist.config.schema import RunConfig
@@ -32,6 +34,12 @@ def recipe_differences(old: RunConfig, new: RunConfig) -> list[str]:
     before, after = _flat(old.model_dump(mode="json"), ""), _flat(new.model_dump(mode="json"), "")
     changed = (key for key in after if before.get(key) != after[key] and not _is_free(key))
     return [f"{key}: {before.get(key)} -> {after[key]}" for key in changed]
+
+
+def recipe_sha256(cfg: RunConfig) -> str:
+    """Hex digest that two configs share exactly if their recipes are the same."""
+    recipe = {key: value for key, value in _flat(cfg.model_dump(mode="json"), "").items() if not _is_free(key)}
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
 def _is_free(key: str) -> bool:

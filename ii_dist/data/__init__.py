@@ -8,6 +8,7 @@ In: a `DataConfig`, a `Plan`, a `World`, a seed. Out: a `BatchSource`: normalize
     order           the permutation of an epoch; positions: which part of it a rank's n-th batch takes
     augment         crop windows and flips; evaluation windows; exact_math: functions without a last bit of doubt
     mix             which images are mixed with which, and how much; mix_images does it
+    digests         what a source is about to read, and whether all ranks together read what they should
     source          Batch, Position, BatchSource and what a producer is told
     dali            decoded by DALI, on a GPU finished there too; torch_reader: decoded by PIL; synthetic: no files
     resample        resize, flip and normalize on the CPU, for both readers
@@ -94,7 +95,7 @@ def _make(request: Request, world: World) -> BatchSource:
     producer: Callable[[Request], Producer] = getattr(importlib.import_module(module), name)
     made, stage_to = producer(request), request.cfg.stage_to
     staging = start_staging(request.index, stage_to, world) if request.index and stage_to else None
-    return NumberedSource(request.schedule, made, staging.close if staging else None)
+    return NumberedSource(request, made, staging.close if staging else None)
 
 
 def _open_index(cfg: DataConfig, split: str, images: int, num_classes: int, world: World) -> Index | None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ii_dist.config.schema import DataConfig
 from ii_dist.data.augment import EvalWindows, TrainWindows, eval_windows, train_windows
+from ii_dist.data.digests import Outlook
 from ii_dist.data.mix import Mixing, draw_mixing, partners_of
 from ii_dist.data.positions import Position, Rows, Schedule
 
@@ -56,6 +57,9 @@ class BatchSource(Protocol):
     def seek(self, position: Position) -> None:
         """Go on from `position`, which any number of ranks may have saved. Decodes nothing. Raises ConfigError where
         no batch begins there (another global batch)."""
+
+    def outlook(self) -> Outlook:
+        """What comes next, without reading it: for a check between ranks. Costs nothing."""
 
     def close(self) -> None:
         """Stop threads and free buffers; call it last, twice does no harm. Batches handed out stay valid."""
@@ -136,8 +140,9 @@ def _each(batch: Batch, do: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
 class NumberedSource:
     """A `BatchSource`: counts batches and leaves their making to a producer. `also_close`: closed after that."""
 
-    def __init__(self, schedule: Schedule, producer: Producer, also_close: Callable[[], None] | None = None) -> None:
-        self._schedule, self._producer, self._also_close = schedule, producer, also_close
+    def __init__(self, request: Request, producer: Producer, also_close: Callable[[], None] | None = None) -> None:
+        self._request, self._schedule = request, request.schedule
+        self._producer, self._also_close = producer, also_close
         self._number = 0
         producer.start(0)
 
@@ -156,6 +161,9 @@ class NumberedSource:
     def seek(self, position: Position) -> None:
         self._number = self._schedule.number(position)
         self._producer.start(self._number)
+
+    def outlook(self) -> Outlook:
+        return Outlook(self._request, self._number)
 
     def close(self) -> None:
         self._producer.close()

@@ -39,6 +39,7 @@ from ii_dist.runtime.stop import StopRequest, StopVote
 from ii_dist.train.agree import on_rank0
 from ii_dist.train.resume import StartPoint, check_same_run, find_start, load_start, seek_start
 from ii_dist.train.session import Results, Session
+from ii_dist.train.sharding_check import check_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = Fa
             scalars = load_start(folder, start, engine)
             results = Results(**scalars["results"])
             seek_start(train_source, start)
+        check_sharding(cfg, plan, world, train_source, eval_source)
         resumed_step = start.step if start is not None else 0
         board = make_boards(
             cfg.metrics.boards,

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from ii_dist.config import ConfigError, DataConfig, Plan
-from ii_dist.data import SOURCES, Batch, BatchSource, Position, make_eval_source, make_train_source
+from ii_dist.config import ConfigError, DataConfig
+from ii_dist.data import SOURCES, Batch, Position, make_eval_source
 from ii_dist.runtime import World
 from tests.images import make_data_set, plan_of, run_config
+from tests.simulated_ranks import SimulatedRanks, joined, same
 
 CLASSES, PER_CLASS, VAL_PER_CLASS = 3, 19, 7
 TRAIN_IMAGES, EVAL_IMAGES = CLASSES * PER_CLASS, CLASSES * VAL_PER_CLASS
@@ -38,71 +39,31 @@ def cfg(request: pytest.FixtureRequest, root: Path) -> DataConfig:
     )
 
 
-class Ranks:
-    """The sources of all ranks of one world, made one after the other in this process."""
-
-    def __init__(
-        self, cfg: DataConfig, world_size: int, max_images_per_rank: int = 0, channels_last: bool = False
-    ) -> None:
-        run = run_config(cfg, GLOBAL_BATCH, max_images_per_rank)
-        self.plan: Plan = plan_of(run, world_size, TRAIN_IMAGES, EVAL_IMAGES, CLASSES)
-        worlds = [
-            World(rank=r, world_size=world_size, local_rank=r, local_world_size=world_size) for r in range(world_size)
-        ]
-        self.sources: list[BatchSource] = [
-            make_train_source(cfg, self.plan, world, SEED, "cpu", channels_last) for world in worlds
-        ]
-
-    def __enter__(self) -> "Ranks":
-        self._iterators = [iter(source) for source in self.sources]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for source in self.sources:
-            source.close()
-
-    def micro(self) -> Batch:
-        """The next micro-batch of all ranks, joined in rank order."""
-        return joined([next(iterator) for iterator in self._iterators])
-
-    def step(self) -> Batch:
-        return joined([self.micro() for _ in range(self.plan.accumulate_steps)])
-
-    def seek(self, position: Position) -> None:
-        for source in self.sources:
-            source.seek(position)
-
-    def positions(self) -> set[Position]:
-        return {source.position() for source in self.sources}
-
-
-def joined(batches: list[Batch]) -> Batch:
-    names = ("images_NCHW", "labels_N", "weight_N", "index_N")
-    return Batch(*(torch.cat([getattr(batch, name) for batch in batches]) for name in names))
-
-
-def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("images_NCHW", "labels_N", "weight_N", "index_N"))
+def ranks_of(
+    cfg: DataConfig, world_size: int, max_images_per_rank: int = 0, channels_last: bool = False
+) -> SimulatedRanks:
+    plan = plan_of(run_config(cfg, GLOBAL_BATCH, max_images_per_rank), world_size, TRAIN_IMAGES, EVAL_IMAGES, CLASSES)
+    return SimulatedRanks(cfg, plan, SEED, channels_last)
 
 
 @pytest.fixture
 def expected(cfg: DataConfig) -> Iterator[list[Batch]]:
     """Five steps on one rank: into the third epoch."""
-    with Ranks(cfg, 1) as ranks:
+    with ranks_of(cfg, 1) as ranks:
         yield [ranks.step() for _ in range(5)]
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8])
 def test_global_steps_are_the_same_images_on_any_number_of_ranks(
     cfg: DataConfig, expected: list[Batch], world_size: int
 ) -> None:
-    with Ranks(cfg, world_size) as ranks:
+    with ranks_of(cfg, world_size) as ranks:
         assert all(same(ranks.step(), step) for step in expected)
 
 
 @pytest.mark.parametrize(("world_size", "limit"), [(1, 6), (2, 4), (4, 1)])
 def test_accumulation_changes_no_image(cfg: DataConfig, expected: list[Batch], world_size: int, limit: int) -> None:
-    with Ranks(cfg, world_size, limit) as ranks:
+    with ranks_of(cfg, world_size, limit) as ranks:
         assert ranks.plan.accumulate_steps > 1
         assert all(same(ranks.step(), step) for step in expected)
 
@@ -111,12 +72,12 @@ def test_accumulation_changes_no_image(cfg: DataConfig, expected: list[Batch], w
 def test_seek_in_mid_epoch_on_another_world_goes_on_with_the_right_images(
     cfg: DataConfig, expected: list[Batch], before: int, after: int
 ) -> None:
-    with Ranks(cfg, before) as ranks:
+    with ranks_of(cfg, before) as ranks:
         for _ in range(3):
             ranks.step()
         (position,) = ranks.positions()
     assert position == Position(1, GLOBAL_BATCH)
-    with Ranks(cfg, after) as ranks:
+    with ranks_of(cfg, after) as ranks:
         ranks.seek(position)
         assert ranks.positions() == {position}
         assert same(ranks.step(), expected[3])
@@ -126,7 +87,7 @@ def test_seek_in_mid_epoch_on_another_world_goes_on_with_the_right_images(
 
 
 def test_position_counts_what_was_handed_out_not_what_was_prefetched(cfg: DataConfig) -> None:
-    with Ranks(cfg, 2, 6) as ranks:
+    with ranks_of(cfg, 2, 6) as ranks:
         seen = [ranks.positions()]
         for _ in range(5):
             ranks.micro()
@@ -137,7 +98,7 @@ def test_position_counts_what_was_handed_out_not_what_was_prefetched(cfg: DataCo
 def test_each_training_image_at_most_once_an_epoch_and_the_tail_is_counted(
     cfg: DataConfig, expected: list[Batch]
 ) -> None:
-    with Ranks(cfg, 1) as ranks:
+    with ranks_of(cfg, 1) as ranks:
         plan = ranks.plan
     for first in (0, 2):
         epoch = torch.cat([expected[first].index_N, expected[first + 1].index_N])
@@ -156,14 +117,16 @@ def test_images_of_an_epoch_differ_from_those_of_the_next_but_labels_stay(
         assert not any(torch.equal(a.images_NCHW[i], b.images_NCHW[j]) for i, j in rows)
 
 
-@pytest.mark.parametrize("change", [{"threads_per_rank": 3}, {"prefetch_batches": 1}, {"prefetch_batches": 4}])
-def test_threads_and_prefetch_change_nothing(cfg: DataConfig, expected: list[Batch], change: dict[str, int]) -> None:
-    with Ranks(cfg.model_copy(update=change), 2) as ranks:
+@pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (2, 1), (3, 1), (2, 2), (1, 4), (3, 4)])
+def test_threads_and_prefetch_change_nothing(
+    cfg: DataConfig, expected: list[Batch], threads: int, prefetch: int
+) -> None:
+    with ranks_of(cfg.model_copy(update={"threads_per_rank": threads, "prefetch_batches": prefetch}), 2) as ranks:
         assert all(same(ranks.step(), step) for step in expected)
 
 
 def test_channels_last_is_a_matter_of_strides(cfg: DataConfig, expected: list[Batch]) -> None:
-    with Ranks(cfg, 1, channels_last=True) as ranks:
+    with ranks_of(cfg, 1, channels_last=True) as ranks:
         batch = ranks.step()
     assert batch.images_NCHW.is_contiguous(memory_format=torch.channels_last)
     assert expected[0].images_NCHW.is_contiguous()
@@ -171,7 +134,7 @@ def test_channels_last_is_a_matter_of_strides(cfg: DataConfig, expected: list[Ba
 
 
 def test_batches_are_normalized_float32_with_int64_labels_and_stay_valid(cfg: DataConfig) -> None:
-    with Ranks(cfg, 1) as ranks:
+    with ranks_of(cfg, 1) as ranks:
         batches = [ranks.step() for _ in range(10)]
         copies = [batch.images_NCHW.clone() for batch in batches]
     batch = batches[0]
@@ -184,7 +147,7 @@ def test_batches_are_normalized_float32_with_int64_labels_and_stay_valid(cfg: Da
 
 
 def test_seek_refuses_a_position_of_another_global_batch(cfg: DataConfig) -> None:
-    with Ranks(cfg, 1) as ranks, pytest.raises(ConfigError, match=r"train\.global_batch"):
+    with ranks_of(cfg, 1) as ranks, pytest.raises(ConfigError, match=r"train\.global_batch"):
         ranks.seek(Position(0, 7))
 
 
