@@ -55,8 +55,7 @@ class Shrink:
         ) as error:
             reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error).splitlines()[0]
             raise Undecodable(reason) from None
-        if not small:
-            rgb = rgb.resize(self.size(*rgb.size), Image.Resampling.BICUBIC)
+        rgb = rgb.resize(self.size(*rgb.size), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
         # A comment would otherwise be carried over from the source.
         rgb.save(buffer, "JPEG", quality=self.quality, subsampling="4:2:0", comment=b"")

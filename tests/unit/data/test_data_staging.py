@@ -182,6 +182,23 @@ def test_copies_are_the_originals_and_are_used_again_by_the_next_run(index: Inde
     assert folder.stat().st_mode & 0o077 == 0
 
 
+def test_originals_are_let_go_of_when_their_copies_come(index: Index, tmp_path: Path) -> None:
+    def opened(folder: Path) -> set[str]:
+        paths = [Path(os.path.realpath(link)) for link in Path("/proc/self/fd").iterdir()]
+        return {path.name for path in paths if path.parent == folder and path.suffix == ".tar"}
+
+    every = set(index.header.shards)
+    start_staging(index, str(tmp_path / "disk"), NODE[1])
+    for row in range(len(index)):
+        index.read_bytes(row)
+    assert opened(index.folder) == every
+    stage(Index.open(index.path), tmp_path / "disk")
+    for row in range(len(index)):
+        index.read_bytes(row)
+    assert opened(index.folder) == set()
+    assert opened(tmp_path / "disk" / index.digest) == every
+
+
 def test_a_copy_of_another_size_is_made_again_and_another_index_has_its_own_folder(
     index: Index, tmp_path: Path
 ) -> None:
@@ -209,7 +226,7 @@ def test_a_copy_killed_in_the_middle_is_no_copy_and_the_next_run_finishes(
     program.send_signal(signal.SIGKILL)
     program.wait()
     whole = copies(index, stage_to)
-    (folder / ".train-000009.tar.partial").write_bytes(b"of an earlier one")
+    (folder / ".train-000999.tar.partial").write_bytes(b"of an earlier one")
     assert 0 < len(whole) < len(index.header.shards)
     inodes = {name: (folder / name).stat().st_ino for name in whole}
     stage(index, stage_to)
@@ -289,7 +306,7 @@ def test_a_copy_that_fails_is_said_once_and_reading_goes_on(
     assert not list((tmp_path / "disk" / index.digest).glob(".*.partial"))
 
 
-@pytest.mark.parametrize("harm", ["removed", "shorter", "cut off while open"])
+@pytest.mark.parametrize("harm", ["removed", "shorter", "longer", "cut off while open"])
 def test_a_copy_that_goes_bad_is_left_for_the_original_with_one_warning(
     index: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: str
 ) -> None:
@@ -301,7 +318,8 @@ def test_a_copy_that_goes_bad_is_left_for_the_original_with_one_warning(
         for row in range(len(reading)):
             reading.read_bytes(row)
     for name in index.header.shards:
-        (folder / name).unlink() if harm == "removed" else os.truncate(folder / name, 10)
+        size = (folder / name).stat().st_size
+        (folder / name).unlink() if harm == "removed" else os.truncate(folder / name, size + 1 if harm == "longer" else 10)
     for _ in range(2):
         for row in range(len(reading)):
             assert reading.read_bytes(row).tobytes() == index.read_bytes(row).tobytes()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ii_dist.config import ConfigError, DataConfig, DataError
 from ii_dist.data import Batch, Index, Row, build_index, make_eval_source, make_train_source, write_index
 from ii_dist.runtime import World
 from tests.images import make_data_set, make_image_folder, picture, plan_of, run_config
+from tools._shrink import Shrink
 from tools.pack_dataset import main as pack
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -176,6 +178,17 @@ def test_images_are_made_smaller_never_larger_and_become_plain_rgb_jpegs(folder:
     assert kept == 1  # the one that was small and of a kind that needs no change
     assert after.label.tolist() == before.label.tolist()
     assert sum(after.length) < 0.7 * sum(before.length)
+    sizes = [path.stat().st_size for path in sorted(shrunk.glob("train-*.tar"))]
+    assert 0.5 * 30_000 < min(sizes) <= max(sizes) < 1.5 * 30_000  # of which the plan knew nothing but areas
+
+
+def test_the_longer_side_is_rounded_to_the_nearest_pixel() -> None:
+    for width in range(1, 200, 3):
+        for height in range(1, 200, 7):
+            new_width, new_height = Shrink(SIDE, 90).size(width, height)
+            scale = min(Fraction(1), Fraction(SIDE, min(width, height)))
+            assert abs(new_width - width * scale) <= Fraction(1, 2) >= abs(new_height - height * scale)
+            assert min(new_width, new_height) == min(SIDE, width, height)
 
 
 def test_quality_is_that_asked_for(folder: Path, tmp_path: Path, shrunk: Path) -> None:
