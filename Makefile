@@ -33,6 +33,7 @@ study-gates: setup
 	$(BIN)/python -m benchmarks.study_gates
 
 bench: setup
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[bench]'
 	$(BIN)/python -m benchmarks.run_all
 
 gpu-check: setup
