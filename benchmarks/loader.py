@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.loader_gpu import measure_end_to_end
 from benchmarks.loader_python import measure_python
 from benchmarks.loader_variants import (
     BATCH,
@@ -33,6 +34,7 @@ from benchmarks.loader_variants import (
     our_source,
     settle,
 )
+from ii_dist.config import gpu_count
 
 DATA = Path("data/bench_loader")
 PYTHON_GOALS = {"training thread": "<= 10 ms", "preparing": "<= 10 ms", "producing": "-"}
@@ -138,6 +140,16 @@ def report(found: dict[str, list[float]], seeks: dict[str, list[float]], python_
     return {"images_per_cpu_s": rate, "ratios": ratios, "python_ms": python_ms, "turns": found}
 
 
+def report_end_to_end(found: dict[str, Any]) -> dict[str, Any]:
+    """Print the GPU's table; return its figures."""
+    print(
+        "\n| on the GPU, images / s | end to end | synthetic | ratio | A/A noise | wanted |\n|---|---|---|---|---|---|"
+    )
+    figures = f"{found['whole']:.0f} | {found['synthetic']:.0f} | {found['ratio']:.3f} | {found['noise']:.3f}"
+    print(f"| G6 {found['network']}, batch {found['batch']} | {figures} | >= 0.95 |")
+    return found
+
+
 def ratio(found_s: dict[str, list[float]], over: str, under: str) -> float:
     """Median over the turns of the seconds of `over` for each second of `under`."""
     return statistics.median(a / b for a, b in zip(found_s[over], found_s[under], strict=True))
@@ -160,6 +172,8 @@ def main() -> None:
     turns = 3 if asked.quick else 11
     found = measure(asked.data, turns, 4 if asked.quick else asked.batches)
     figures = report(found, measure_seek(asked.data, turns), measure_python(asked.data, turns))
+    if gpu_count(os.environ):
+        figures["end_to_end"] = report_end_to_end(measure_end_to_end(asked.data, turns))
     if asked.out:
         asked.out.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from unittest import mock
 
-from benchmarks.loader_variants import IMAGES, SEED, SIDE, our_source, plan_of_batches
+from benchmarks.loader_variants import CLASSES, IMAGES, SEED, SIDE, our_source, plan_of_batches
 
 if TYPE_CHECKING:
     from ii_dist.data import Batch
@@ -101,7 +101,7 @@ def make_tiny_images(root: Path) -> None:
     for number in range(IMAGES):
         Image.new("RGB", (TINY_SIDE, TINY_SIDE), (number % 256, 0, 0)).save(folder / f"{number:04d}.jpg")
     rows, _ = build_index(root / "train")
-    write_index(root / "train.index", rows, [f"class_{label}" for label in range(10)], root="train")
+    write_index(root / "train.index", rows, [f"class_{label}" for label in range(CLASSES)], root="train")
 
 
 def _drop(batches: "Iterator[Batch]") -> None:
