@@ -63,10 +63,8 @@ def main(arguments: list[str]) -> int:
     if not data:
         print("no change to make: nothing that was tried would make this run faster by more than 5 % and the noise")
         return EXIT_DONE
-    print(
-        "# save as a config of its own, or give it on the command line: "
-        + " ".join(f"data.{k}={data[k]}" for k in data)
-    )
+    overrides = " ".join(f"data.{key}={value}" for key, value in data.items())
+    print(f"# save this as a config of its own, or put on the command line: {overrides}")
     patched = cfg.model_copy(update={"data": DataConfig.model_validate(cfg.data.model_dump() | data)})
     if recipe_differences(cfg, patched):
         print("# this changes pixels in the last bit: for new runs; a run that has begun keeps what it has")
@@ -214,7 +212,7 @@ class Doctor:
     def _time_is_left(self, name: str) -> bool:
         if time.monotonic() < self._end_s:
             return True
-        self.missing[name] = "the time was over; take a longer --seconds"
+        self.missing[name] = "the time was over before its turn"
         return False
 
 
