@@ -52,6 +52,7 @@ def tried(images_per_s: float, **changed: object) -> dict[Setting, Speed]:
         ({"trials": tried(9000, threads_per_rank=8), "noise": 0.3}, "decode", {}),  # nothing can be compared
         ({"trials": tried(1500, threads_per_rank=8), "need": speed(500)}, "network", {}),  # nothing to gain
         ({"other": {"torch": speed(1500)}}, "decode", {"source": "torch"}),
+        ({"other": {"torch": speed(1500)}, "noise": 0.3}, "decode", {}),
         ({"other": {"synthetic": speed(9000)}}, "decode", {}),  # not a reader of files
         ({"cold": ReadSpeed(1500, 2e8), "fits_memory": False}, "storage", {}),  # 750 for each of two ranks
         ({"cold": ReadSpeed(1500, 2e8), "fits_memory": True}, "decode", {}),
@@ -150,14 +151,28 @@ def test_the_sample_is_of_the_same_images(root: Path, tmp_path: Path, sharded: b
     assert all(whole[digest] == image for digest, image in sample.items())
 
 
+def forgets(path: str) -> bool:
+    """Whether the file system lets go of a file's pages, and says so."""
+    file = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(file)  # a page that is not on disk yet stays
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.preadv(file, [bytearray(1)], 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+    return False
+
+
 def test_cold_means_not_in_the_page_cache(root: Path) -> None:
     index = Index.open(root / "train.index")
-    for row in range(len(index)):
-        with Path(index.place(row)[0]).open("rb") as file:
-            os.fsync(file.fileno())  # a page that is not on disk yet cannot be dropped
+    if not all([forgets(index.place(row)[0]) for row in range(len(index))]):
+        pytest.skip("this file system keeps files in memory or does not tell")
     speed = read_cold(index, 0.01)
-    if isinstance(speed, str):
-        pytest.skip(speed)
+    assert isinstance(speed, ReadSpeed), speed
     assert speed.bytes_per_s == pytest.approx(speed.images_per_s * float(np.mean(index.length)), rel=1e-6)
     assert _is_cached(index, 0)
     _drop(index, 0)
