@@ -78,8 +78,8 @@ def _producing_ms(root: Path, turns: int) -> Iterator[float]:
     with TemporaryDirectory() as folder:
         tiny = Path(folder)
         make_tiny_images(tiny)
-        values = resample._SERIAL_VALUES * TINY_SIDE**2 // SIDE**2
-        with mock.patch.object(resample, "_SERIAL_VALUES", values):
+        name = "SERIAL_VALUES" if hasattr(resample, "SERIAL_VALUES") else "_SERIAL_VALUES"
+        with mock.patch.object(resample, name, getattr(resample, name) * TINY_SIDE**2 // SIDE**2):
             source = our_source(tiny, "dali", True, BATCH, TINY_SIDE)
             batches = iter(source)
             _drop(batches)

@@ -169,7 +169,7 @@ def forgets(path: str) -> bool:
 
 def test_cold_means_not_in_the_page_cache(root: Path) -> None:
     index = Index.open(root / "train.index")
-    if not all([forgets(index.place(row)[0]) for row in range(len(index))]):
+    if not all(forgets(index.place(row)[0]) for row in range(len(index))):
         pytest.skip("this file system keeps files in memory or does not tell")
     speed = read_cold(index, 0.01)
     assert isinstance(speed, ReadSpeed), speed
