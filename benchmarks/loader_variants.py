@@ -33,7 +33,7 @@ VARIANTS = (
     "libjpeg_turbo",
     "pil_decode",
 )
-SETTLE_S, IDLE_S = 0.02, 0.001
+SETTLE_S, IDLE_S = 0.1, 0.001
 
 
 def make_images(root: Path) -> None:
