@@ -52,7 +52,7 @@ class Speed:
 
 def source_speed(cfg: RunConfig, sample: Path, facts: DataFacts, batch: int, setting: Setting, seconds: float) -> Speed:
     """The training source of one rank over the sample, as the loop uses it. Raises what the source raises."""
-    changes = setting.keys() | {"root": str(sample), "synthetic_images": facts.train_images}
+    changes = setting.keys() | {"root": str(sample), "stage_to": "", "synthetic_images": facts.train_images}
     data = DataConfig.model_validate(cfg.data.model_dump() | changes | {"synthetic_classes": facts.num_classes})
     train = cfg.train.model_copy(update={"global_batch": batch, "max_images_per_rank": 0})
     plan = make_plan(cfg.model_copy(update={"data": data, "train": train}), 1, facts)

@@ -81,7 +81,7 @@ def bound(f: Findings) -> tuple[str, str]:
     if storage is not None and storage < loader.images_per_s:
         return "storage", (
             f"storage bounds the run: {rate(storage)} images/s for each of {f.ranks} ranks, where the loader could do "
-            f"{rate(loader.images_per_s)}; copy the data set to a local disk, or pack it with smaller images"
+            f"{rate(loader.images_per_s)}; stage its shards to a local disk (data.stage_to), or pack smaller images"
         )
     best = best_setting(f)
     gain = f"{rate(f.trials[best].images_per_s)} instead of {rate(loader.images_per_s)} images/s"

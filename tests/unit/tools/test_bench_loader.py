@@ -207,7 +207,8 @@ def config(root: Path) -> Path:
 
 
 def test_it_measures_every_reader_and_the_network(config: Path) -> None:
-    done = doctor(str(config), "--seconds", "0.05", "--step", "--json")
+    staged = config.parent / "staged"
+    done = doctor(str(config), f"data.stage_to={staged}", "--seconds", "0.05", "--step", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["ranks"], found["batch"]) == (2, 4)
@@ -219,6 +220,7 @@ def test_it_measures_every_reader_and_the_network(config: Path) -> None:
     assert {each["prefetch_batches"] for each in found["trials"]} >= {1, 2, 4}
     assert found["bound"] in found["verdict"] or found["bound"] in ("threads", "prefetch", "decode", "waiting")
     assert set(found["patch"].get("data", {})) <= set(DataConfig.model_fields)
+    assert not staged.exists()  # a measurement copies nothing
     first, *progress = done.stderr.splitlines()
     assert "measurements, 0.05 s each" in first
     assert [line for line in progress if "torch on CPU" in line]
