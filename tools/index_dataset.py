@@ -2,22 +2,35 @@
 
     python -m tools.index_dataset DIR
 
+Started again after a kill, it goes on where it stopped. Hashes are remembered beside the indexes (.train.journal,
+.val.journal): a later start reads only files that changed since; --fresh reads all of them.
+
 Exit codes: 0 done, 2 wrong arguments, 3 wrong data.
 """
 
 import argparse
 from pathlib import Path
 
+from ii_dist.config.errors import ConfigError
+from ii_dist.data.scan import THREADS
 from tools._border import run
-from tools._datasets import as_data_error, write_indexes
+from tools._datasets import SPLITS, as_data_error, write_indexes
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.index_dataset", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="DIR", help="holds train/ and val/, each with a folder a class")
-    folder: Path = parser.parse_args(arguments).folder
+    parser.add_argument("--workers", type=int, default=THREADS, metavar="N", help=f"threads (default: {THREADS})")
+    parser.add_argument("--fresh", action="store_true", help="read every file again, also those that did not change")
+    asked = parser.parse_args(arguments)
+    folder: Path = asked.folder
+    if asked.workers < 1:
+        raise ConfigError(f"--workers {asked.workers}: must be at least 1")
     try:
-        write_indexes(folder, folder)
+        if asked.fresh:
+            for split in SPLITS:
+                (folder / f".{split}.journal").unlink(missing_ok=True)
+        write_indexes(folder, folder, asked.workers)
     except OSError as error:
         raise as_data_error(error, folder) from None
     return 0

@@ -16,8 +16,8 @@ from ii_dist.config import DataError, RunConfig, data_facts, load_config, make_p
 from ii_dist.config.errors import EXIT_DATA, EXIT_DONE
 from ii_dist.data import Index, Position
 from tools._border import run
-from tools._datasets import Progress
 from tools._image_log import Recording, first_difference, first_repeat, ranks_text, record, train_index
+from tools._progress import Progress
 
 DEFAULT_IMAGES = 2048
 MIDDLE_STEPS = 2

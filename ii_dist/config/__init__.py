@@ -7,6 +7,7 @@ folder (`RunFolder`), and the errors, with their exit codes, that every other ro
 from ii_dist.config.compare import recipe_differences, recipe_sha256
 from ii_dist.config.errors import CheckpointError, ClusterError, ConfigError, DataError, UserError
 from ii_dist.config.facts import data_facts
+from ii_dist.config.index_change import describe_change, index_facts
 from ii_dist.config.index_header import IndexHeader, read_index_header
 from ii_dist.config.load import dump_config, load_config
 from ii_dist.config.machine import gpu_count, ranks_on_a_node
@@ -46,8 +47,10 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "data_facts",
+    "describe_change",
     "dump_config",
     "gpu_count",
+    "index_facts",
     "load_config",
     "make_plan",
     "ranks_on_a_node",

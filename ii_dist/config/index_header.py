@@ -1,8 +1,9 @@
 """Reads what a data-set index says about itself. Standard library only, so that a config check needs no numpy.
 
 An index is one file a split, in the safetensors layout: 8 bytes (length of the header, little endian), a JSON header,
-then the columns as raw bytes. The header's `__metadata__` names format, version, images, classes, shards, the folder
-that paths are relative to, and a sha256 of all the rest. `ii_dist.data.index` writes it and maps the columns.
+then the columns as raw bytes. The header's `__metadata__` names format, version, images, classes, shards, a sha256 of
+these and the columns, the folder that paths are relative to, and a summary by which two indexes are told apart in words
+(`ii_dist.config.index_change`). `ii_dist.data.index_write` writes it, `ii_dist.data.index` maps the columns.
 
 In: the path of an index. Out: `IndexHeader`.
 """
@@ -35,7 +36,8 @@ class Column:
 @dataclass(frozen=True, slots=True)
 class IndexHeader:
     """What an index says of itself. `root` is the images' folder, relative to the index or absolute;
-    `sha256` (hex) stands for the whole content and was computed when the index was written."""
+    `sha256` (hex) stands for the whole content and was computed when the index was written; `summary` is JSON text,
+    "" in an index of an earlier program."""
 
     version: str
     images: int
@@ -43,6 +45,7 @@ class IndexHeader:
     shards: tuple[str, ...]
     root: str
     sha256: str
+    summary: str = field(repr=False)
     columns: Mapping[str, Column] = field(repr=False)
     shard_bytes: tuple[int, ...] = ()
     """Size of each shard; empty in an index that does not know."""
@@ -68,6 +71,7 @@ def read_index_header(path: str | Path) -> IndexHeader:
             shards=tuple(str(name) for name in json.loads(meta["shards"])),
             root=str(meta["root"]),
             sha256=str(meta["sha256"]),
+            summary=str(meta.get("summary", "")),
             columns={name: _column(entry, data_start) for name, entry in raw.items()},
             shard_bytes=tuple(int(count) for count in json.loads(meta.get("shard_bytes", "[]"))),
         )

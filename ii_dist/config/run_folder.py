@@ -2,6 +2,7 @@
 
 runs/<name>/
   config.yaml  plan.json  lease.json     what runs, who owns the folder
+  index.json                             what tells its training images from others
   jobs/<job>.json  jobs/submitit/        one record a job of the chain; Submitit's own files
   logs/<job>_rank_00000.log              what each rank printed
   tb/  metrics/rank_00000.jsonl          numbers
@@ -58,6 +59,11 @@ class RunFolder:
     @property
     def plan(self) -> Path:
         return self.root / "plan.json"
+
+    @property
+    def index(self) -> Path:
+        """What is remembered of the training index (`ii_dist.config.index_change`)."""
+        return self.root / "index.json"
 
     @property
     def lease(self) -> Path:

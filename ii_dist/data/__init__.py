@@ -2,7 +2,8 @@
 
 In: a `DataConfig`, a `Plan`, a `World`, a seed. Out: a `BatchSource`: normalized batches on the rank's device.
 
-    index, scan     the index file: the only thing that says what the data set is; building it from a folder
+    index           the index file: the only thing that says what the data set is; index_write writes it
+    scan            building it from a folder; facts: what a file is; journal: files that were hashed before a kill
     shards          writing tar shards; shard_reader: reading them by offset; staging: copying them to the node's disk
     counter         random bits as a pure function of integers
     order           the permutation of an epoch; positions: which part of it a rank's n-th batch takes
@@ -27,9 +28,12 @@ from pathlib import Path
 from ii_dist.config.errors import ConfigError, DataError
 from ii_dist.config.plan import Plan
 from ii_dist.config.schema import DataConfig
-from ii_dist.data.index import Index, Row, check_files, write_index
+from ii_dist.data.facts import FileFacts, examine_bytes, examine_file
+from ii_dist.data.index import Index, Row, check_files
+from ii_dist.data.index_write import write_columns, write_index
+from ii_dist.data.journal import Journal
 from ii_dist.data.positions import EvalSchedule, Position, Schedule, TrainSchedule
-from ii_dist.data.scan import build_index
+from ii_dist.data.scan import build_index, in_parallel
 from ii_dist.data.source import Batch, BatchSource, NumberedSource, Producer, Request
 from ii_dist.data.staging import start_staging
 from ii_dist.runtime.world import World
@@ -38,13 +42,19 @@ __all__ = [
     "SOURCES",
     "Batch",
     "BatchSource",
+    "FileFacts",
     "Index",
+    "Journal",
     "Position",
     "Row",
     "build_index",
     "check_files",
+    "examine_bytes",
+    "examine_file",
+    "in_parallel",
     "make_eval_source",
     "make_train_source",
+    "write_columns",
     "write_index",
 ]
 

@@ -1,8 +1,8 @@
 """The index: one file a split, the only thing that says what the data set is.
 
-In: rows (path or place in a shard, bytes, label, width, height, sha256) from `ii_dist.data.scan`. Out: a file in the
-safetensors layout (any safetensors reader opens it) and `Index`, which maps its columns without copying them. The
-header is read by `ii_dist.config.index_header`. Columns, N rows:
+In: the path of an index. Out: `Index`, which maps the columns without copying them. `ii_dist.data.scan` makes the rows
+(path or place in a shard, bytes, label, width, height, sha256), `ii_dist.data.index_write` the file, in the safetensors
+layout (any safetensors reader opens it), and `ii_dist.config.index_header` reads its header. Columns, N rows:
 
     path_offsets int64 N+1, path_bytes uint8    path of row i: bytes path_offsets[i] .. path_offsets[i+1], UTF-8
     shard int32 N, offset int64 N               -1, 0: a file of its own; else place in metadata's shards[shard]
@@ -11,23 +11,21 @@ header is read by `ii_dist.config.index_header`. Columns, N rows:
     sha256 uint8 N x 32                         of the encoded image
 """
 
-import hashlib
-import json
 import mmap
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ii_dist.config.errors import DataError
-from ii_dist.config.index_header import INDEX_FORMAT, INDEX_VERSION, IndexHeader, read_index_header
+from ii_dist.config.index_header import IndexHeader, read_index_header
 from ii_dist.data.shard_reader import PACK_AGAIN, ShardReader
 
 # name -> (safetensors type, numpy type, shape after N). Wide types first: each column starts at a multiple of its size.
-_COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
+COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "path_offsets": ("I64", "<i8", ()),
     "offset": ("I64", "<i8", ()),
     "length": ("I64", "<i8", ()),
@@ -38,6 +36,7 @@ _COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "sha256": ("U8", "u1", (32,)),
     "path_bytes": ("U8", "u1", ()),
 }
+MAX_SIDE, MAX_IMAGE_BYTES = 1 << 20, 1 << 30
 _CHECK_ALL_UP_TO = 2000
 _AGAIN = "make the index again with: python -m tools.index_dataset"
 
@@ -59,7 +58,8 @@ class Row:
 class Index:
     """A mapped index. Column arrays are read-only views of the file: they cost no memory until they are touched."""
 
-    def __init__(self, path: Path, header: IndexHeader, columns: dict[str, NDArray[np.generic]]) -> None:
+    def __init__(self, path: Path, header: IndexHeader, content: mmap.mmap) -> None:
+        columns = _map_columns(path, header, content)
         self.path, self.header = path, header
         self.folder = path.parent / header.root
         self._folder_text = str(self.folder)
@@ -79,19 +79,30 @@ class Index:
         header = read_index_header(path)
         if header.images < 1:
             raise DataError(f"{path}: the index is empty; {_AGAIN}")
-        columns = _map_columns(path, header)
-        index = cls(path, header, columns)
-        low, high, classes = int(index.label.min()), int(index.label.max()), len(header.classes)
-        if low < 0 or high >= classes:
-            row = int(np.flatnonzero((index.label < 0) | (index.label >= classes))[0])
-            raise DataError(
-                f"{path}: label {index.label[row]} of {index.name(row)} is not among its {classes} classes; {_AGAIN}"
-            )
-        if min(int(index.width.min()), int(index.height.min()), int(index.length.min())) < 1:
-            raise DataError(f"{path}: an image of no size; {_AGAIN}")
-        if int(columns["shard"].max()) >= len(header.shards):
-            raise DataError(f"{path}: damaged index, an image in a shard that it does not name; {PACK_AGAIN}")
+        with path.open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        index = cls(path, header, content)
+        index._check_values()
+        # Checking has touched a fifth of the file: those pages stay in the system's cache, but need not stay ours.
+        content.madvise(mmap.MADV_DONTNEED)
         return index
+
+    def _check_values(self) -> None:
+        """What would end a run late or oddly is refused here: 24 bytes a row are looked at, no path and no hash."""
+        classes, shards = len(self.classes), len(self.header.shards)
+        bounds: tuple[tuple[str, NDArray[Any], int, int, str], ...] = (
+            ("label", self.label, 0, classes - 1, f"is not among its {classes} classes"),
+            ("shard", self._shard, -1, shards - 1, "is one that it does not name"),
+            ("width", self.width, 1, MAX_SIDE, "is not that of an image"),
+            ("height", self.height, 1, MAX_SIDE, "is not that of an image"),
+            ("length", self.length, 1, MAX_IMAGE_BYTES, "is not that of an image"),
+        )
+        for name, column, low, high, reason in bounds:
+            if int(column.min()) < low or int(column.max()) > high:
+                again = PACK_AGAIN if name == "shard" else _AGAIN
+                wrong = np.flatnonzero((column < low) | (column > high))
+                row, others = int(wrong[0]), f" (and {len(wrong) - 1:,} others)" if len(wrong) > 1 else ""
+                raise DataError(f"{self.path}: {name} {column[row]} of {self.name(row)}{others} {reason}; {again}")
 
     def __len__(self) -> int:
         return self.header.images
@@ -174,84 +185,10 @@ def check_files(index: Index, part: int = 0, parts: int = 1) -> None:
         )
 
 
-def write_index(
-    path: str | Path,
-    rows: Sequence[Row],
-    classes: Sequence[str],
-    *,
-    root: str = ".",
-    shards: Sequence[str] = (),
-    shard_bytes: Sequence[int] = (),
-) -> str:
-    """Write an index whole or not at all (temporary file, fsync, rename); returns its digest.
-
-    root: the images' folder, relative to the index's or absolute. shard_bytes: size of each shard; none = not checked.
-    """
-    path = Path(path)
-    if not rows:
-        raise DataError(f"{path}: no images to index")
-    columns = _columns_of(rows)
-    about = {
-        "format": INDEX_FORMAT,
-        "version": INDEX_VERSION,
-        "images": str(len(rows)),
-        "classes": json.dumps(list(classes)),
-        "shards": json.dumps(list(shards)),
-    }
-    if shard_bytes:
-        about["shard_bytes"] = json.dumps(list(shard_bytes))
-    # The root stays out: the same images at another place are the same data set.
-    content = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    header: dict[str, object] = {}
-    start = 0
-    for name, (type_name, _, _) in _COLUMNS.items():
-        column = columns[name]
-        content.update(column.data)
-        header[name] = {"dtype": type_name, "shape": list(column.shape), "data_offsets": [start, start + column.nbytes]}
-        start += column.nbytes
-    text = json.dumps({"__metadata__": {**about, "root": root, "sha256": content.hexdigest()}, **header}).encode()
-    text += b" " * (-len(text) % 8)  # the columns start at a multiple of 8
-    _write_atomic(path, [len(text).to_bytes(8, "little"), text, *(columns[name].data for name in _COLUMNS)])
-    return content.hexdigest()
-
-
-def _columns_of(rows: Sequence[Row]) -> dict[str, NDArray[np.generic]]:
-    paths = [row.path.encode() for row in rows]
-    columns: dict[str, NDArray[np.generic]] = {
-        "path_offsets": np.cumsum([0, *map(len, paths)], dtype=np.int64),
-        "path_bytes": np.frombuffer(b"".join(paths), dtype=np.uint8),
-        "sha256": np.frombuffer(b"".join(row.sha256 for row in rows), dtype=np.uint8).reshape(len(rows), 32),
-    }
-    for name in ("offset", "length", "shard", "label", "width", "height"):
-        columns[name] = np.array([getattr(row, name) for row in rows], dtype=_COLUMNS[name][1])
-    return columns
-
-
-def _write_atomic(path: Path, parts: Sequence[bytes | memoryview]) -> None:
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot write the index ({error.strerror})") from None
-
-
-def _map_columns(path: Path, header: IndexHeader) -> dict[str, NDArray[np.generic]]:
+def _map_columns(path: Path, header: IndexHeader, content: mmap.mmap) -> dict[str, NDArray[np.generic]]:
     """Read-only arrays over the mapped file. Raises DataError where a column is not as the layout says."""
-    with path.open("rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     columns: dict[str, NDArray[np.generic]] = {}
-    for name, (type_name, numpy_type, tail) in _COLUMNS.items():
+    for name, (type_name, numpy_type, tail) in COLUMNS.items():
         found = header.columns.get(name)
         length = header.images + (name == "path_offsets")
         if found is None or found.dtype != type_name or (name != "path_bytes" and found.shape != (length, *tail)):

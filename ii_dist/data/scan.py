@@ -1,21 +1,62 @@
 """Turns an image folder into index rows.
 
 In: a folder `<class>/.../<image>` (classes sorted by name). Out: rows in a fixed order, with size, label and hash of
-each file, read in parallel; the pixels are not decoded.
+each file, read in parallel; the pixels are not decoded. `in_parallel` serves every program that goes through many
+images.
 """
 
-import hashlib
-import io
+import collections
+import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from ii_dist.config.errors import DataError
+from ii_dist.data.facts import examine_file
 from ii_dist.data.index import Row
+from ii_dist.data.journal import Journal
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
-_THREADS = min(32, 2 * (os.cpu_count() or 1))
+THREADS = min(32, 2 * (os.cpu_count() or 1))
+SMALL_ITEMS = 16
+
+
+def in_parallel(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int = THREADS,
+    chunk: int = SMALL_ITEMS,
+    stop: threading.Event | None = None,
+) -> Iterator[Result]:
+    """`work(item)` of each item, in order, done in threads a few items ahead; what `work` raises ends it.
+
+    chunk: items a thread takes at once; handing one over costs more than a small file.
+    stop: set when no more results are wanted (an error, Ctrl-C), for work that takes long to look at.
+    """
+    remaining = iter(items)
+    waiting: collections.deque[Future[list[Result]]] = collections.deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="in-parallel")
+    try:
+        while part := list(itertools.islice(remaining, chunk)):
+            waiting.append(pool.submit(_each, work, part))
+            if len(waiting) > 2 * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        if stop:
+            stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _each(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    return [work(item) for item in items]
 
 
 def find_classes(folder: Path) -> tuple[str, ...]:
@@ -31,61 +72,72 @@ def find_classes(folder: Path) -> tuple[str, ...]:
 
 
 def build_index(
-    folder: Path, classes: Sequence[str] | None = None, progress: Callable[[int, int], None] | None = None
+    folder: Path,
+    classes: Sequence[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    workers: int = THREADS,
+    journal: Journal | None = None,
 ) -> tuple[list[Row], tuple[str, ...]]:
-    """Rows of all images below `folder`, paths relative to it, and the classes.
+    """Rows of all images below `folder`, paths relative to it, and the classes. Raises DataError.
 
     classes: those of the training split, so that labels agree; a folder of another name is then an error.
     progress: called with images done and images in all.
+    journal: files that it knows are not read again, others are noted there.
     """
+    names, files = list_images(folder, classes)
+    rows: list[Row] = []
+    for row in in_parallel(lambda file: _row(folder, *file, journal), files, workers):
+        rows.append(row)
+        if progress:
+            progress(len(rows), len(files))
+    return rows, names
+
+
+def list_images(folder: Path, classes: Sequence[str] | None = None) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    """The classes, and of each image its path relative to `folder` and its label, in the order of the index."""
     found = find_classes(folder)
     names = tuple(classes) if classes is not None else found
     if unknown := sorted(set(found) - set(names)):
         raise DataError(f"{folder / unknown[0]}: the training images have no class {unknown[0]!r}")
-    files = [(path, names.index(name)) for name in found for path in _images_below(folder / name)]
+    labels = {name: label for label, name in enumerate(names)}
+    files = [(path, labels[name]) for name in found for path in _images_below(folder, name)]
     if not files:
         raise DataError(f"{folder}: no images in its {len(found)} class folders (looked for {_suffixes()})")
-    if classes is None and (empty := sorted(set(range(len(names))) - {label for _, label in files})):
+    if classes is None and (empty := sorted(set(labels.values()) - {label for _, label in files})):
         raise DataError(f"{folder / names[empty[0]]}: a class without images (looked for {_suffixes()})")
-    rows: list[Row] = []
-    with ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            for row in pool.map(lambda file: _describe(folder, *file), files):
-                rows.append(row)
-                if progress:
-                    progress(len(rows), len(files))
-        except DataError:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return rows, names
+    return names, files
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
+def _images_below(folder: Path, name: str) -> Iterator[str]:
+    """Paths of the images of class `name`, relative to `folder`, in a fixed order."""
+    for parent, folders, names in os.walk(folder / name):
         folders.sort()
-        for name in sorted(names):
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                yield Path(parent, name)
+        inner = os.path.relpath(parent, folder)
+        for file in sorted(names):
+            if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith("."):  # noqa: PTH122
+                yield f"{inner}/{file}"
 
 
-def _describe(folder: Path, path: Path, label: int) -> Row:
-    from PIL import Image
+def _row(folder: Path, path: str, label: int, journal: Journal | None) -> Row:
+    if not path.isprintable():  # also a name that is not UTF-8
+        raise DataError(f"{str(folder / path)!r}: cannot be indexed (its name is not printable text); rename this file")
+    stat = _stat(folder / path) if journal else None
+    facts = journal.find(path, stat) if journal and stat else None
+    if facts is None:
+        facts = examine_file(folder / path)
+        if facts.problem:
+            raise DataError(f"{folder / path}: cannot be indexed ({facts.problem}); remove or replace this file")
+        if journal and stat:
+            journal.add(path, stat, facts)
+    return Row(path, label, facts.width, facts.height, facts.length, facts.sha256)
 
+
+def _stat(path: Path) -> os.stat_result | None:
+    """None where there is nothing to see; reading the file then says why."""
     try:
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error).splitlines()[0]
-        raise DataError(f"{path}: cannot be indexed ({reason}); remove or replace this file") from None
-    return Row(
-        path=path.relative_to(folder).as_posix(),
-        label=label,
-        width=width,
-        height=height,
-        length=len(content),
-        sha256=hashlib.sha256(content).digest(),
-    )
+        return path.stat()
+    except OSError:
+        return None
 
 
 def _suffixes() -> str:

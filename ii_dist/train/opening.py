@@ -19,6 +19,7 @@ from ii_dist.checkpoint import CheckpointStore, Lease, RunFacts, Saver, take_lea
 from ii_dist.checkpoint.disk import replace_file
 from ii_dist.config import (
     ConfigError,
+    IndexHeader,
     Plan,
     RunConfig,
     RunFolder,
@@ -37,7 +38,7 @@ from ii_dist.runtime.group import close_group, open_group, pick_device
 from ii_dist.runtime.seeds import seed_init
 from ii_dist.runtime.stop import StopRequest, StopVote
 from ii_dist.train.agree import on_rank0
-from ii_dist.train.resume import StartPoint, check_same_run, find_start, load_start, seek_start
+from ii_dist.train.resume import StartPoint, check_same_run, find_start, load_start, remember_index, seek_start
 from ii_dist.train.session import Results, Session
 from ii_dist.train.sharding_check import check_sharding
 
@@ -56,10 +57,11 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = Fa
         lease = _own_folder(cfg, plan, world, folder, new_config, stack)
         train_source, eval_source = _open_sources(cfg, plan, world, device, stack)
         start = find_start(folder, world)
-        index_sha256 = _index_sha256(cfg)
+        index = _train_index(cfg)
         results = Results()
         if start is not None:
-            check_same_run(folder, start, plan, index_sha256)
+            check_same_run(folder, start, plan, index)
+        remember_index(folder, index, world)
         engine = build_engine(cfg, plan, world, device)
         stack.callback(engine.close)
         if start is not None:
@@ -78,7 +80,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = Fa
         )
         stack.callback(board.close)
         _tell_start(cfg, plan, device, start, board)
-        saver = _make_saver(cfg, plan, world, folder, lease, index_sha256, stack)
+        saver = _make_saver(cfg, plan, world, folder, lease, index.sha256 if index else "", stack)
         ballot = StopVote(stop)
         stack.callback(ballot.close)
         watchdog = Watchdog(cfg.train.hang_timeout_s, sys.stderr)
@@ -158,9 +160,9 @@ def _open_sources(
     return train_source, eval_source
 
 
-def _index_sha256(cfg: RunConfig) -> str:
-    """What the checkpoints say of the data set; "" where there are no files."""
-    return "" if cfg.data.source == "synthetic" else read_index_header(Path(cfg.data.root) / "train.index").sha256
+def _train_index(cfg: RunConfig) -> IndexHeader | None:
+    """What the checkpoints say of the data set; None where there are no files."""
+    return None if cfg.data.source == "synthetic" else read_index_header(Path(cfg.data.root) / "train.index")
 
 
 def build_engine(cfg: RunConfig, plan: Plan, world: World, device: torch.device) -> Engine:

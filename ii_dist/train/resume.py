@@ -4,12 +4,14 @@ In: a run folder. Out: a found step, decided by rank 0 and told to all; the engi
 """
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from ii_dist.checkpoint import Manifest, find_newest, load_step, read_manifest, verify_step
-from ii_dist.config import CheckpointError, Plan, RunFolder
+from ii_dist.checkpoint.disk import replace_file
+from ii_dist.config import CheckpointError, IndexHeader, Plan, RunFolder, describe_change, index_facts
 from ii_dist.data import BatchSource, Position
 from ii_dist.engine import Engine, EngineState
 from ii_dist.runtime import World
@@ -68,19 +70,48 @@ def load_start(folder: RunFolder, start: StartPoint, engine: Engine) -> dict[str
     return scalars
 
 
-def check_same_run(folder: RunFolder, start: StartPoint, plan: Plan, index_sha256: str) -> None:
-    """Refuse to go on with another global batch or another data set. Raises CheckpointError."""
+def check_same_run(folder: RunFolder, start: StartPoint, plan: Plan, index: IndexHeader | None) -> None:
+    """Refuse to go on with another global batch or another data set. Raises CheckpointError.
+
+    index: of the training images; None for synthetic ones.
+    """
     path, manifest = folder.step(start.step), start.manifest
     if manifest.global_batch != plan.global_batch:
         raise CheckpointError(
             f"{path}: was trained with train.global_batch {manifest.global_batch}, the config says "
             f"{plan.global_batch}; restore it or give the run another name"
         )
-    if manifest.index_sha256 != index_sha256:
+    if manifest.index_sha256 != (index.sha256 if index else ""):
         raise CheckpointError(
-            f"{path}: was trained on another data set (index {manifest.index_sha256[:12]}..., now "
-            f"{index_sha256[:12]}...); restore data.root or give the run another name"
+            f"{path}: was trained on another data set ({_data_change(folder, manifest.index_sha256, index)}); "
+            "restore data.root or give the run another name"
         )
+
+
+def _data_change(folder: RunFolder, old_sha256: str, index: IndexHeader | None) -> str:
+    """In words where the run folder remembers the old index, and in digests always."""
+    if not old_sha256 or index is None:
+        then, now = ("files" if old_sha256 else "synthetic images"), ("files" if index else "synthetic images")
+        return f"{then} then, {now} now"
+    digests = f"index {old_sha256[:12]}... then, {index.sha256[:12]}... now"
+    try:
+        remembered = json.loads(folder.index.read_text())
+        if remembered["sha256"] != old_sha256:
+            return digests
+    except (OSError, ValueError, KeyError, TypeError):
+        return digests
+    return f"{describe_change(remembered, index_facts(index))}; {digests}"
+
+
+def remember_index(folder: RunFolder, index: IndexHeader | None, world: World) -> None:
+    """Keep what tells this data set from a later one in words. Collective."""
+
+    def keep() -> str:
+        if index is not None:
+            replace_file(folder.index, (json.dumps(index_facts(index)) + "\n").encode())
+        return ""
+
+    on_rank0(world, keep)
 
 
 def seek_start(source: BatchSource, start: StartPoint) -> None:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ii_dist.config import ClusterError, ConfigError, DataError
-from ii_dist.data import Index, check_files
+from ii_dist.data import Index, check_files, scan
 from tests.images import make_image_folder
-from tools import import_dataset, index_dataset
+from tools import _small_sets, import_dataset, index_dataset
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -76,6 +76,17 @@ def test_an_import_that_was_killed_goes_on(digits: Path, tmp_path: Path) -> None
         assert Index.open(out / f"{split}.index").digest == Index.open(digits / f"{split}.index").digest
 
 
+def test_a_file_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+    code = "import sys; from tools._datasets import Path, write_whole; write_whole(Path(sys.argv[1]), bytes(1 << 29))"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a.jpg")], cwd=REPOSITORY) as killed:
+        while not any(path.stat().st_size for path in tmp_path.iterdir()):
+            assert killed.poll() is None
+        killed.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "a.jpg").exists()
+    for path in tmp_path.iterdir():
+        path.unlink()
+
+
 def idx(magic: int, values: NDArray[np.uint8]) -> bytes:
     return gzip.compress(np.array([magic, *values.shape], dtype=">u4").tobytes() + values.tobytes())
 
@@ -83,7 +94,7 @@ def idx(magic: int, values: NDArray[np.uint8]) -> bytes:
 @pytest.fixture
 def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two official-looking splits of 30 and 20 images."""
-    monkeypatch.setattr(import_dataset, "FASHION_IMAGES", {"train": 30, "val": 20})
+    monkeypatch.setattr(_small_sets, "FASHION_IMAGES", {"train": 30, "val": 20})
     source = tmp_path / "source"
     source.mkdir()
     rng = np.random.Generator(np.random.PCG64(0))
@@ -152,6 +163,24 @@ def test_a_folder_is_indexed_where_it_lies(tmp_path: Path) -> None:
     check_files(Index.open(moved / "train.index"))  # an index inside its data set moves with it
     with pytest.raises(DataError, match="does not exist"):
         check_files(Index.open(out / "train.index"))
+
+
+def test_a_second_index_reads_only_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_image_folder(tmp_path / "train", 2, 3, seed=1)
+    make_image_folder(tmp_path / "val", 2, 2, seed=2)
+    read: list[str] = []
+    examine = scan.examine_file
+    monkeypatch.setattr(scan, "examine_file", lambda path: (read.append(path.name), examine(path))[1])
+    index_dataset.main([str(tmp_path)])
+    first = (tmp_path / "train.index").read_bytes()
+    assert len(read) == 10
+    (tmp_path / "train" / "class_01" / "00001.jpg").rename(tmp_path / "train" / "class_01" / "renamed.jpg")
+    index_dataset.main([str(tmp_path)])
+    assert read[10:] == ["renamed.jpg"]
+    (tmp_path / "train" / "class_01" / "renamed.jpg").rename(tmp_path / "train" / "class_01" / "00001.jpg")
+    index_dataset.main([str(tmp_path), "--fresh", "--workers", "1"])
+    assert len(read) == 21
+    assert (tmp_path / "train.index").read_bytes() == first
 
 
 def test_a_folder_of_anything_else_is_left_alone(tmp_path: Path, digits: Path) -> None:
