@@ -24,6 +24,7 @@ from ii_dist.config import ConfigError, DataConfig, DataError
 from ii_dist.data import Batch, Index, Row, build_index, make_eval_source, make_train_source, write_index
 from ii_dist.runtime import World
 from tests.images import make_data_set, make_image_folder, picture, plan_of, run_config
+from tools._packing import plan_shards
 from tools._shrink import Shrink
 from tools.pack_dataset import main as pack
 
@@ -180,6 +181,17 @@ def test_images_are_made_smaller_never_larger_and_become_plain_rgb_jpegs(folder:
     assert sum(after.length) < 0.7 * sum(before.length)
     sizes = [path.stat().st_size for path in sorted(shrunk.glob("train-*.tar"))]
     assert 0.5 * 30_000 < min(sizes) <= max(sizes) < 1.5 * 30_000  # of which the plan knew nothing but areas
+
+
+def test_shards_are_planned_by_the_area_that_is_left(tmp_path: Path) -> None:
+    write_index(tmp_path / "train.index", [Row(f"{i}", 0, 600, 400, 100_000, bytes(32)) for i in range(100)], ["x"])
+    index = Index.open(tmp_path / "train.index")
+    for side, image_bytes in ((200, 25_088), (400, 100_352), (999, 100_352)):  # padded to blocks of 512
+        plan = plan_shards("train", index, 500_000, Shrink(side, 90), tmp_path)
+        total = 100 * (image_bytes + 3 * 512)
+        assert sum(shard.about_bytes for shard in plan.shards) == total
+        assert len(plan.shards) == -(-total // 500_000)
+        assert sorted(row for shard in plan.shards for row in shard.row_N.tolist()) == list(range(100))
 
 
 def test_the_longer_side_is_rounded_to_the_nearest_pixel() -> None:
