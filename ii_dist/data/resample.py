@@ -7,8 +7,8 @@ where that is asked for.
     Normalizer      one image, perhaps mirrored: uint8 into its float32 slot
     Finisher        a whole batch, in threads
 
-Everything works on one image (or pair) in one thread, so the number of threads changes no bit. The resize is torch's for uint8:
-linear with antialiasing, at most 1/255 from PIL's BILINEAR, several times as fast.
+Everything works on one image (or pair) in one thread, so the number of threads changes no bit. The resize is torch's
+for uint8: linear with antialiasing, at most 1/255 from PIL's BILINEAR, several times as fast.
 """
 
 from collections.abc import Callable, Sequence

@@ -344,9 +344,7 @@ def test_synthetic_images_can_be_learned(root: Path, classes: int) -> None:
     assert not any(shared)
 
 
-def test_the_hardware_decoders_share_is_passed_on_and_warned_of(
-    root: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_hardware_decoders_share_is_passed_on_and_warned_of(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     for share, warned in ((1.0, False), (0.0, False), (0.75, True)):
         caplog.clear()
         source = train_source(config(root, "dali", hw_decoder_share=share))
