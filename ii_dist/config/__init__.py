@@ -4,6 +4,7 @@ In: YAML files (`load_config`), the sizes of a data set (`data_facts`). Out: `Ru
 folder (`RunFolder`), and the errors, with their exit codes, that every other room raises.
 """
 
+from ii_dist.config.augment import AugmentConfig
 from ii_dist.config.compare import recipe_differences, recipe_sha256
 from ii_dist.config.errors import CheckpointError, ClusterError, ConfigError, DataError, UserError
 from ii_dist.config.facts import data_facts
@@ -14,7 +15,6 @@ from ii_dist.config.machine import gpu_count, ranks_on_a_node
 from ii_dist.config.plan import DataFacts, Plan, make_plan
 from ii_dist.config.run_folder import RunFolder
 from ii_dist.config.schema import (
-    AugmentConfig,
     CheckpointConfig,
     DataConfig,
     EngineConfig,

@@ -7,67 +7,28 @@ Checks that need one slice stand in that slice; checks across slices stand in `R
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import Field, Strict, model_validator
 
+from ii_dist.config.augment import AugmentConfig
 from ii_dist.config.networks import GATE_NAMES, NETWORKS, Shape, fold_widths
+from ii_dist.config.slices import (
+    Count,
+    Decay,
+    Epochs,
+    Fraction,
+    Names,
+    NonNegative,
+    Points,
+    Positive,
+    Slice,
+    Triple,
+    Word,
+)
 
-Pair = Annotated[tuple[float, float], Strict(False)]
-Triple = Annotated[tuple[float, float, float], Strict(False)]
-Points = Annotated[tuple[Annotated[tuple[int, int], Strict(False)], ...], Strict(False)]
-Names = Annotated[tuple[str, ...], Strict(False)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 ImageDtype = Literal["auto", "float32", "bfloat16", "float16"]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-Epochs = Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Strict(False)]
-Count = Annotated[int, Field(ge=1)]
-# Reaches file names and sbatch lines: nothing that a shell or SLURM could read as more than a word.
-Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-
 
 IMAGE_DTYPES: dict[str, ImageDtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """engine.precision -> the type that it computes in, as data.image_dtype names it."""
-
-
-class Slice(BaseModel):
-    """Base of every part of the tree: unknown keys, wrong types and later writes are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class AugmentConfig(Slice):
-    """Random parameters of a training image; each is a pure function of (seed, epoch, index)."""
-
-    crop_scale: Pair = (0.08, 1.0)
-    """Area of the crop window as a share of the image, smallest and largest."""
-    crop_ratio: Pair = (3 / 4, 4 / 3)
-    """Width / height of the crop window, smallest and largest."""
-    flip: Fraction = 0.5
-    """Probability of a horizontal flip."""
-    mixup_alpha: NonNegative = 0.0
-    """Mixup blends an image with its partner, in shares drawn from Beta(alpha, alpha); 0 = no Mixup."""
-    cutmix_alpha: NonNegative = 0.0
-    """CutMix pastes a box of the partner, its share of the area drawn from Beta(alpha, alpha); 0 = no CutMix."""
-    mix_probability: Fraction = 1.0
-    """Probability that an image is mixed at all."""
-    mix_switch_probability: Fraction = 0.5
-    """Probability of CutMix instead of Mixup for an image, where both have an alpha."""
-    mix_off_epochs: Annotated[int, Field(ge=0)] = 0
-    """Epochs at the end of the run in which nothing is mixed."""
-
-    @property
-    def mixes(self) -> bool:
-        """Whether images are mixed with a partner, so that batches must hold whole pairs."""
-        return self.mix_probability > 0 and max(self.mixup_alpha, self.cutmix_alpha) > 0
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if not 0.0 < self.crop_scale[0] <= self.crop_scale[1] <= 1.0:
-            raise ValueError(f"crop_scale {list(self.crop_scale)}: needs 0 < smallest <= largest <= 1")
-        if not 0.0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise ValueError(f"crop_ratio {list(self.crop_ratio)}: needs 0 < smallest <= largest")
-        return self
 
 
 class DataConfig(Slice):

@@ -7,12 +7,15 @@ In: a `DataConfig`, a `Plan`, a `World`, a seed. Out: a `BatchSource`: normalize
     shards          writing tar shards; shard_reader: reading them by offset; staging: copying them to the node's disk
     counter         random bits as a pure function of integers
     order           the permutation of an epoch; positions: which part of it a rank's n-th batch takes
-    augment         crop windows and flips; evaluation windows; exact_math: functions without a last bit of doubt
+    augment         crop windows, flips, erased rectangles; evaluation windows
+    policies        colour jitter and augmentation policies: which operations, how strongly
+    exact_math      functions without a last bit of doubt
     mix             which images are mixed with which, and how much; mix_images does it
     digests         what a source is about to read, and whether all ranks together read what they should
     source          Batch, Position, BatchSource and what a producer is told
     dali            decoded by DALI, on a GPU finished there too; torch_reader: decoded by PIL; synthetic: no files
     resample        resize, flip and normalize on the CPU, for both readers
+    retouch         what policies and augment drew, applied to one image or a whole batch; image_ops: the operations
     ahead           threads that work ahead, in order
 
 Images are a pure function of (seed, epoch, index row), and rows one of (seed, epoch, position): the number of ranks,

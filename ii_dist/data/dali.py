@@ -3,7 +3,8 @@
 In: a `Request`. Out: batches on the rank's device. DALI gets encoded bytes, windows and flips from outside and draws
 nothing. Labels, weights and index rows go round it.
 
-On a GPU the pipeline is the whole work: decode (only the window in training), resize, flip or cut, normalize. On the
+On a GPU the pipeline is the whole work: decode (only the window in training), resize, flip or cut, normalize; where
+colours or shapes are to be changed it stops before that, and torch does the rest on the device (`retouch`). On the
 CPU it only decodes: its linear resize takes several times as long there as torch's, so `Finisher` does the rest, in a
 thread that works ahead. `_Pipe` runs either pipeline; it belongs to one thread, from the first `run` to `close`.
 
@@ -31,6 +32,7 @@ from ii_dist.data.mix import Mixing
 from ii_dist.data.mix_images import mix_batch
 from ii_dist.data.positions import Rows
 from ii_dist.data.resample import Finisher
+from ii_dist.data.retouch import is_retouched, make_retouch
 from ii_dist.data.source import Batch, Request, beside_images
 
 _log = logging.getLogger(__name__)
@@ -63,6 +65,7 @@ class DaliProducer:
             raise ConfigError("data.decode gpu: this rank has no GPU; use data.decode auto")
         self._reading = Chunks(min(_READ_THREADS, request.schedule.batch))
         self._finisher = Finisher(request)
+        self._retouch = make_retouch(request, request.device) if self._on_gpu else None
         self._pipe: _Pipe | None = None
         self._finished: Ahead[Batch] | None = None
         self._first = 0
@@ -102,7 +105,9 @@ class DaliProducer:
         fed, output = pipe.run(torch.cuda.current_stream(self._request.device))
         # The executor shares the buffer with the tensor and takes it back when the last of the two lets go.
         images_NCHW = torch.utils.dlpack.from_dlpack(output.as_tensor())
-        if self._request.channels_last:
+        if self._retouch:
+            images_NCHW = self._retouch.finished(images_NCHW, fed.rows)
+        elif self._request.channels_last:
             images_NCHW = images_NCHW.permute(0, 3, 1, 2)
         assert self._request.index is not None
         labels_N = self._request.index.label[fed.rows.index_N].astype(np.int64)
@@ -243,7 +248,7 @@ def _decoding_graph(request: Request, feed: Feed, decoder: str) -> Any:
 
 
 def _whole_graph(request: Request, feed: Feed, decoder: str) -> Any:
-    """Normalized float32 images, all of one size."""
+    """Images of one size: normalized float32; uint8 channel by channel where torch has operations to apply first."""
     images, mirror, crop = (_train_images if request.train else _eval_images)(request, feed, decoder)
     return _normalize(request, images.gpu() if request.device != "cpu" else images, mirror, crop)
 
@@ -282,6 +287,8 @@ def _inputs(feed: Feed, *arguments: tuple[str, int]) -> Any:
 def _normalize(request: Request, images: Any, mirror: Any, crop: dict[str, Any]) -> Any:
     from nvidia.dali import fn, types
 
+    if is_retouched(request):
+        return fn.crop_mirror_normalize(images, mirror=mirror, dtype=types.UINT8, output_layout="CHW", **crop)
     return fn.crop_mirror_normalize(
         images,
         mirror=mirror,

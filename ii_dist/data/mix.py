@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ii_dist.config.schema import AugmentConfig
+from ii_dist.config.augment import AugmentConfig
 from ii_dist.data.counter import key, uniform
 from ii_dist.data.exact_math import F64, power, quarter_cosine
 

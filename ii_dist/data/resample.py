@@ -5,7 +5,7 @@ where that is asked for.
 
     resize, cut     one image: uint8 to uint8
     Normalizer      one image, perhaps mirrored: uint8 into its float32 slot
-    Finisher        a whole batch, in threads
+    Finisher        a whole batch, in threads; `retouch` changes colours and shapes in between, where that is asked for
 
 Everything works on one image (or pair) in one thread, so the number of threads changes no bit. The resize is torch's
 for uint8: linear with antialiasing, at most 1/255 from PIL's BILINEAR, several times as fast.
@@ -19,12 +19,11 @@ from torch.nn import functional
 
 from ii_dist.data.ahead import Chunks
 from ii_dist.data.augment import EvalWindows, TrainWindows
+from ii_dist.data.image_ops import SERIAL_VALUES, normalizing
 from ii_dist.data.mix_images import F32, mix_pair
 from ii_dist.data.positions import Rows
+from ii_dist.data.retouch import make_retouch
 from ii_dist.data.source import Batch, Request, beside_images
-
-# torch starts threads of its own, for each thread of ours, where an elementwise operation has more values than this.
-_SERIAL_VALUES = 32768
 
 
 def resize(image_HWC: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -53,14 +52,12 @@ class Normalizer:
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], side: int, channels_last: bool) -> None:
         self._channels_last = channels_last
-        mean_C = (torch.tensor(mean, dtype=torch.float64) * 255).float()
-        scale_C = (1 / (torch.tensor(std, dtype=torch.float64) * 255)).float()
         # A whole row of each: three values to broadcast would be too short for vector instructions.
         self._mean, self._scale = (
-            each_C.repeat(side, 1) if channels_last else each_C[:, None, None].repeat(1, 1, side)
-            for each_C in (mean_C, scale_C)
+            each_C11.view(3).repeat(side, 1) if channels_last else each_C11.repeat(1, 1, side)
+            for each_C11 in normalizing(mean, std)
         )
-        rows_at_once = max(1, _SERIAL_VALUES // (3 * side))
+        rows_at_once = max(1, SERIAL_VALUES // (3 * side))
         self._pieces = -(-side // rows_at_once)
 
     def write(self, image_HWC: torch.Tensor, mirrored: bool, slot: torch.Tensor) -> None:
@@ -81,6 +78,7 @@ class Finisher:
         self._request, self._label = request, request.index.label
         self._chunks = Chunks(request.threads, quick_s=0)
         self._normalizers: dict[int, Normalizer] = {}
+        self._retouch = make_retouch(request, "cpu")
         self._dtype: torch.dtype = getattr(torch, request.dtype)
         self._kept = np.empty(0, dtype=np.float32)
 
@@ -91,9 +89,17 @@ class Finisher:
         slots = self._room((count, side, side, 3) if last else (count, 3, side, side))
         normalizer, mixing = self._normalizer(side), self._request.mixing(rows)
 
+        touches = self._retouch.draw(rows, side) if self._retouch else None
+
         def finish(i: int) -> None:
+            image_HWC = cut(decoded(i), windows, i, side)
             mirrored = isinstance(windows, TrainWindows) and bool(windows.flip_N[i])
-            normalizer.write(cut(decoded(i), windows, i, side), mirrored, torch.from_numpy(slots[i]))
+            if touches and touches.changes(i):
+                image_HWC, mirrored = touches.changed(i, image_HWC, mirrored), False
+            slot = torch.from_numpy(slots[i])
+            normalizer.write(image_HWC, mirrored, slot)
+            if touches:
+                touches.erase(i, slot.permute(2, 0, 1) if last else slot)
 
         self._chunks.each(finish, count)
         if mixing is not None:
@@ -127,7 +133,7 @@ class Finisher:
         images = torch.from_numpy(np.empty(slots.shape, dtype=np.int16)).view(self._dtype)
 
         def convert(i: int) -> None:
-            pieces = -(-finished[i].numel() // _SERIAL_VALUES)
+            pieces = -(-finished[i].numel() // SERIAL_VALUES)
             for to, piece in zip(images[i].view(-1).chunk(pieces), finished[i].view(-1).chunk(pieces), strict=True):
                 to.copy_(piece)
 

@@ -8,7 +8,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from ii_dist.data.augment import eval_windows, train_windows
 from ii_dist.data.dali import _decoder, _Pipe
 from ii_dist.data.source import Request
 from ii_dist.runtime import World
+from ii_dist.runtime.stop import StopRequest
 from tests.images import make_data_set, plan_of, run_config
 
 CLASSES, PER_CLASS, VAL_PER_CLASS = 2, 12, 5
@@ -308,6 +309,7 @@ def test_a_rank_that_dies_or_leaves_takes_its_readers_with_it(root: Path, source
     with subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, start_new_session=True) as killed:
         assert killed.stdout
         killed.stdout.readline()
+        assert not children_of(killed.pid)
         killed.send_signal(signal.SIGKILL)
         killed.wait(10)
         deadline_s = time.monotonic() + 5
@@ -316,20 +318,59 @@ def test_a_rank_that_dies_or_leaves_takes_its_readers_with_it(root: Path, source
         assert not any_process_of(killed.pid)
 
 
-def any_process_of(session: int) -> bool:
-    """Whether a living process belongs to this session."""
+@pytest.mark.parametrize("source", READERS)
+def test_stop_signals_reach_the_stop_request_and_disturb_no_reader(root: Path, source: str) -> None:
+    """Nothing of a reader is a process, so a signal to the rank is the rank's alone; no read or decode is lost by it."""
+    expected = take(train_source(config(root, source)), 12)
+    request, running, ended = StopRequest(), train_source(config(root, source)), threading.Event()
+
+    def shower() -> None:
+        while not ended.wait(0.002):
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    threads_before = threading.active_count()
+    request.listen()
+    os.kill(os.getpid(), signal.SIGTERM)  # a second one would end the process, SIGUSR2 never does
+    sender = threading.Thread(target=shower)
+    sender.start()
+    try:
+        found = list(islice(running, 12))
+        assert not children_of(os.getpid())
+    finally:
+        ended.set()
+        sender.join()
+        request.close()
+        running.close()
+    assert request.reason == "SIGTERM"
+    assert all(torch.equal(a.images_NCHW, b.images_NCHW) for a, b in zip(found, expected, strict=True))
+    assert threading.active_count() <= threads_before
+
+
+def living_processes() -> Iterator[tuple[int, int, int]]:
+    """Process, parent and session of every process that is no zombie."""
     for entry in Path("/proc").iterdir():
         try:
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
         except (OSError, NotADirectoryError):
             continue
-        if entry.name.isdigit() and int(fields[3]) == session and fields[0] != "Z":
-            return True
-    return False
+        if entry.name.isdigit() and fields[0] != "Z":
+            yield int(entry.name), int(fields[1]), int(fields[3])
+
+
+def children_of(process: int) -> list[int]:
+    return [child for child, parent, _ in living_processes() if parent == process]
+
+
+def any_process_of(session: int) -> bool:
+    """Whether a living process belongs to this session."""
+    return any(session == own for _, _, own in living_processes())
 
 
 def test_process_id_helper_sees_this_process() -> None:
     assert any_process_of(os.getsid(0))
+    with subprocess.Popen(["sleep", "30"]) as child:
+        assert children_of(os.getpid()) == [child.pid]
+        child.kill()
 
 
 @pytest.mark.parametrize("classes", [2])
