@@ -3,10 +3,10 @@
     python -m benchmarks.ranks [--quick] [--out FILE]
 
 Method, as in benchmarks/step.py: CPU time of the processes (mean of both ranks), one thread each, blocks of steps of
-the loops in turn, medians of the ratios within a turn. The plain loop runs twice a turn, from two networks: the ratio of
-these twins is the noise to read the other ratio by. The trainer is whole: `fit` with votes, clock, metrics and boards;
-only the images are a fixed batch for all. ResNet-18 at 64 px, 8 images a rank, gloo on one machine. DeepSpeed's own
-loop gets the same settings as our engine.
+the loops in turn, medians of the ratios within a turn. The plain loop runs twice a turn, from two networks: the ratio
+of these twins is the noise to read the other ratio by. The trainer is whole: `fit` with votes, clock, metrics and
+boards; only the images are a fixed batch for all. ResNet-18 at 64 px, 8 images a rank, gloo on one machine. DeepSpeed's
+own loop gets the same settings as our engine.
 """
 
 import argparse
