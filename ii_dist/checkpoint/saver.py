@@ -1,8 +1,9 @@
 """Saves in the background: the training step waits for a copy in memory, never for the disk.
 
-In: named tensors (CPU or CUDA) and JSON scalars of one step. Out: a committed step, told by `poll` or `wait`. `save`
-copies this rank's share into host buffers that are made once and used again; one thread a rank then writes, hashes,
-agrees with the other ranks over a group of its own and commits. Saves never overlap.
+In: named tensors (CPU or CUDA; whole, or scattered over the ranks) and JSON scalars of one step. Out: a committed step,
+told by `poll` or `wait`. `save` copies this rank's share into host buffers that are made once and used again (what is
+scattered is collected one tensor at a time); one thread a rank then writes, hashes, agrees with the other ranks over a
+group of its own and commits. Saves never overlap.
 """
 
 import functools
@@ -22,6 +23,7 @@ from ii_dist.checkpoint.store import CheckpointStore, StepContent
 from ii_dist.config.errors import CheckpointError
 from ii_dist.config.schema import CheckpointConfig
 from ii_dist.runtime.group import all_gather_bytes, new_cpu_group
+from ii_dist.runtime.scattered import Scattered
 
 _ALIGN_BYTES = 64
 logger = logging.getLogger(__name__)
@@ -50,19 +52,27 @@ class Staging:
         self._layout: object = None
         self._views: dict[str, Tensor] = {}
 
-    def copy(self, share: Mapping[str, Tensor]) -> "tuple[dict[str, Tensor], torch.cuda.Event | None]":
-        """Copies of `share`, and the event after which they hold the values (None: they do now).
+    def copy(
+        self, tensors: Mapping[str, Tensor | Scattered], owner: Mapping[str, int], rank: int
+    ) -> "tuple[dict[str, Tensor], torch.cuda.Event | None]":
+        """Copies of the tensors that `rank` owns, and the event after which they hold the values (None: they do now).
 
         From CUDA the copies are queued on the current stream, so that later updates of the tensors come after them and
-        this call does not wait. Strides are kept: a plain memory copy, whatever the memory format.
+        this call does not wait. Strides are kept: a plain memory copy, whatever the memory format. Collective where
+        tensors are scattered: every rank then takes part in all of them, in the order of their names.
         """
+        share = {name: tensors[name] for name in sorted(tensors) if owner[name] == rank}
         layout = [(n, t.dtype, t.shape, _dense_strides(t), t.is_cuda) for n, t in share.items()]
         if layout != self._layout:
             self._views = _carve(share)
             self._layout = layout
         with torch.no_grad():
-            for name, tensor in share.items():
-                self._views[name].copy_(tensor, non_blocking=True)
+            for name in sorted(tensors):
+                tensor = tensors[name]
+                whole = tensor.collect(owner[name]) if isinstance(tensor, Scattered) else tensor
+                if owner[name] == rank:
+                    assert whole is not None
+                    self._views[name].copy_(whole, non_blocking=True)
         if not any(tensor.is_cuda for tensor in share.values()):
             return self._views, None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -70,12 +80,14 @@ class Staging:
         return self._views, event
 
 
-def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+def _dense_strides(tensor: Tensor | Scattered) -> tuple[int, ...]:
     """The tensor's own strides where they leave no gaps, else row-major ones."""
+    if isinstance(tensor, Scattered):
+        return torch.empty(tensor.shape, device="meta").stride()
     return torch.empty_like(tensor, device="meta").stride()
 
 
-def _carve(share: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _carve(share: Mapping[str, Tensor | Scattered]) -> dict[str, Tensor]:
     starts: dict[str, int] = {}
     total = 0
     for name, tensor in share.items():
@@ -103,11 +115,11 @@ class Saver:
         self._staging = Staging()
 
     def save(
-        self, step: int, epoch: int, offset: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
+        self, step: int, epoch: int, offset: int, tensors: Mapping[str, Tensor | Scattered], scalars: Mapping[str, Any]
     ) -> float:
         """Start saving a step; the seconds that training stood still.
 
-        tensors: all of them on every rank; this rank's share is copied, so they may change afterwards. scalars: JSON
+        tensors: the same names on every rank; this rank's share is copied, so they may change afterwards. scalars: JSON
         values, written by rank 0. (epoch, offset): the position of the next image. Waits first for a save that is
         still running (its `late_s` is reported). Raises CheckpointError for what cannot be saved at all, on all ranks.
         """
@@ -119,7 +131,7 @@ class Saver:
         owner = {name: rank for rank, share in enumerate(shares) for name in share}
         layout: list[tuple[TensorSpec, int]] = [(spec, owner[spec.name]) for spec in specs]
         state = encode_state(scalars)
-        share, ready = self._staging.copy({name: tensors[name] for name in shares[self._store.rank]})
+        share, ready = self._staging.copy(tensors, owner, self._store.rank)
         content = StepContent(step, epoch, offset, layout, share, state)
         self._running = self._thread.submit(self._work, content, ready, start, late_s)
         return time.perf_counter() - start

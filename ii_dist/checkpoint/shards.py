@@ -23,6 +23,8 @@ from ii_dist.config.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ii_dist.runtime.scattered import Scattered
+
 # safetensors code -> (torch's name, bytes an element)
 DTYPES: dict[str, tuple[str, int]] = {
     "BF16": ("bfloat16", 2),
@@ -70,7 +72,7 @@ class ShardFile:
     sha256: str
 
 
-def spec_of(name: str, tensor: "Tensor") -> TensorSpec:
+def spec_of(name: str, tensor: "Tensor | Scattered") -> TensorSpec:
     code = _CODES.get(str(tensor.dtype))
     if code is None:
         raise CheckpointError(f"tensor {name}: dtype {tensor.dtype} cannot be saved; one of {', '.join(DTYPES)} can")

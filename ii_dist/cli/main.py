@@ -20,7 +20,9 @@ from ii_dist.train.export_request import SUFFIXES, plan_export
 if TYPE_CHECKING:
     from ii_dist.train.commands import Outcome
 
-CONFIG_HELP = "YAML file; key=value after it overrides a key, such as optim.lr=0.1"
+CONFIG_HELP = (
+    "YAML file; key=value after it overrides a key, such as optim.lr=0.1, and another YAML file lays its keys over"
+)
 
 
 def run() -> None:

@@ -45,13 +45,18 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = (), layers: Sequence[Path | str] = ()) -> RunConfig:
-    """Read `path`, lay `layers` over it in order, then `overrides`. Raises ConfigError (one line)."""
+    """Read `path`, lay `layers` over it in order, then `overrides`. Raises ConfigError (one line).
+
+    An override is key.sub=value, or a YAML file (configs/engines/zero2.yaml): files are laid over first.
+    """
     origins: Origins = {}
     tree = _read_with_bases(Path(path), origins, ())
-    for layer in layers:
+    files = [text for text in overrides if "=" not in text and text.endswith((".yaml", ".yml"))]
+    for layer in (*layers, *files):
         _merge(tree, _read_with_bases(Path(layer), origins, ()), "", origins, "")
     for override in overrides:
-        _apply_override(tree, override, origins)
+        if override not in files:
+            _apply_override(tree, override, origins)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:

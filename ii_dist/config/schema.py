@@ -29,6 +29,8 @@ ImageDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 IMAGE_DTYPES: dict[str, ImageDtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """engine.precision -> the type that it computes in, as data.image_dtype names it."""
+WHOLE_TENSOR_OPTIMIZERS = ("lamb", "lars", "muon")
+"""Values of optim.optimizer that ZeRO stages 1-3 cannot serve: they cut tensors into pieces."""
 
 
 class DataConfig(Slice):
@@ -210,7 +212,13 @@ class OptimConfig(Slice):
 class EngineConfig(Slice):
     """How one step runs."""
 
-    kind: Literal["ddp"] = "ddp"
+    kind: Literal["ddp", "deepspeed"] = "ddp"
+    """ddp = torch's DistributedDataParallel; deepspeed = DeepSpeed with `zero_stage`. Checkpoints are the same."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """What DeepSpeed shares out over the ranks instead of keeping it on each: 0 nothing; 1 optimizer state and average;
+    2 gradients too; 3 weights too."""
+    offload_optimizer: bool = False
+    """Optimizer state and update on the host's memory and cores (zero_stage 1 to 3)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = a GPU where there is one for each rank of the node, else CPU."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -220,6 +228,18 @@ class EngineConfig(Slice):
     """Half-life of the exponential moving average of the weights; 0 = none. Where there is one, it is evaluated."""
     deterministic: bool = False
     """Only deterministic kernels (slower on GPU)."""
+
+    @model_validator(mode="after")
+    def _deepspeed(self) -> Self:
+        if self.kind != "deepspeed" and self.zero_stage:
+            raise ValueError(f"zero_stage {self.zero_stage}: needs engine.kind deepspeed")
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError("offload_optimizer true: needs engine.kind deepspeed and engine.zero_stage 1, 2 or 3")
+        if self.kind == "deepspeed" and self.precision == "fp16":
+            raise ValueError("precision fp16: not with engine.kind deepspeed; use bf16 or fp32")
+        if self.kind == "deepspeed" and self.compile:
+            raise ValueError("compile true: not with engine.kind deepspeed; use engine.kind ddp")
+        return self
 
 
 class TrainConfig(Slice):
@@ -305,6 +325,11 @@ class RunConfig(Slice):
     def _whole(self) -> Self:
         if self.engine.precision == "fp16" and self.engine.device == "cpu":
             raise ValueError("engine.precision fp16: needs a GPU; on CPU use fp32 or bf16")
+        if self.engine.zero_stage and self.optim.optimizer in WHOLE_TENSOR_OPTIMIZERS:
+            raise ValueError(
+                f"engine.zero_stage {self.engine.zero_stage}: cuts tensors into pieces, which optim.optimizer "
+                f"{self.optim.optimizer} needs whole; use engine.zero_stage 0 or engine.kind ddp"
+            )
         if self.data.decode == "gpu" and self.engine.device == "cpu":
             raise ValueError("data.decode gpu: needs engine.device cuda or auto")
         if self.optim.warmup_epochs > self.train.epochs:

@@ -1,6 +1,11 @@
 """ONE STEP: micro-batches to an update, sharded or not.
 
 In: a network, its config slices, a plan. Out: an `Engine`: device tensors a step, the whole state by name.
+
+    engine            the seam: `Engine`, `EngineState`
+    step_engine       what all engines do alike; `losses`, `numerics`, `states`: its pieces
+    whole_engine      weights, optimizer state and average whole on every rank > ddp_engine, DeepSpeed's stage 0
+    deepspeed_engine  DeepSpeed, stages 0-3; `partitions`: where stages 1-3 keep what
 """
 
 from collections.abc import Callable
@@ -8,11 +13,14 @@ from collections.abc import Callable
 from torch import nn
 
 from ii_dist.config.errors import ConfigError
-from ii_dist.engine.ddp_engine import DDPEngine, EngineParts
+from ii_dist.engine.ddp_engine import DDPEngine
+from ii_dist.engine.deepspeed_engine import make_deepspeed_engine
 from ii_dist.engine.engine import BatchLike, Engine, EngineState, Sums
+from ii_dist.engine.step_engine import EngineParts
 
 ENGINES: dict[str, Callable[[nn.Module, EngineParts], Engine]] = {
     "ddp": DDPEngine,
+    "deepspeed": make_deepspeed_engine,
 }
 
 

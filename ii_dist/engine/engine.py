@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ii_dist.runtime.scattered import Scattered
+
 Sums = Mapping[str, torch.Tensor]
 """0-dim device tensors. Sums over this rank's images: loss, images, top1, top5 (of a mixed image the label with the
 larger share counts). Equal on all ranks: grad_norm, skipped (1 when this update was left out for a non-finite number,
@@ -35,12 +37,22 @@ class BatchLike(Protocol):
 class EngineState:
     """Everything that training depends on.
 
-    tensors: `model.<name>`, `ema.<name>`, `optimizer.<name>.<key>`, with timm's parameter names; the engine's own
-    memory, not copies. scalars: JSON values (step, images, scaler, seed rule).
+    tensors: `model.<name>`, `ema.<name>`, `optimizer.<name>.<key>`, with timm's parameter names, the same on all
+    ranks; the memory of the engine, not copies. What is sharded comes as `Scattered`, collected one at a time where
+    it is wanted. scalars: JSON values (step, images, scaler, seed rule).
     """
 
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, torch.Tensor | Scattered] = field(default_factory=dict)
     scalars: dict[str, Any] = field(default_factory=dict)
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        """Copies of all tensors, whole, on every rank. Collective. For small networks and tests."""
+        found = {}
+        for name, tensor in self.tensors.items():
+            whole = tensor.collect() if isinstance(tensor, Scattered) else tensor.clone()
+            assert whole is not None
+            found[name] = whole
+        return found
 
 
 class Engine(Protocol):

@@ -40,21 +40,27 @@ class FlatBuffers:
 
     def __init__(self, model: nn.Module) -> None:
         named = [
-            (module, name, buffer)
-            for module in model.modules()
+            (prefix, module, name, buffer)
+            for prefix, module in model.named_modules()
             for name, buffer in module.named_buffers(recurse=False)
             if buffer.is_floating_point()
         ]
-        device = named[0][2].device if named else None
-        self.flat = torch.empty(sum(b.numel() for _, _, b in named), device=device)
+        device = named[0][-1].device if named else None
+        self.flat = torch.empty(sum(b.numel() for *_, b in named), device=device)
+        self._places: dict[str, tuple[int, torch.Size]] = {}
         start = 0
-        for module, name, buffer in named:
+        for prefix, module, name, buffer in named:
+            self._places[f"{prefix}.{name}" if prefix else name] = (start, buffer.shape)
             # .data: the same memory with a version counter of its own. Otherwise a module that updates its statistics
             # in place would make autograd think that those of all others, saved for their backward, had changed.
             view = self.flat[start : start + buffer.numel()].view(buffer.shape).data
             view.copy_(buffer)
             module._buffers[name] = view
             start += buffer.numel()
+
+    def named(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The buffers by name, as views of a vector that is laid out like `flat`."""
+        return {name: flat[at : at + shape.numel()].view(shape) for name, (at, shape) in self._places.items()}
 
 
 class Average:

@@ -1,4 +1,4 @@
-"""Which rank this process is. The only reader of the environment in `ii_dist`; imports no torch.
+"""Which rank this process is. The only place in `ii_dist` that knows the environment; imports no torch.
 
 In: the variables that torchrun, `launch` or a user set. Out: a frozen `World`.
 """
@@ -81,3 +81,8 @@ def _number(environ: Mapping[str, str], name: str, default: int | None) -> int:
 def this_process() -> World:
     """The world as this process's own environment and device files tell it."""
     return World.from_environ(os.environ, gpus=gpu_count(os.environ))
+
+
+def tell_libraries(**variables: str) -> None:
+    """Set variables that a library reads from the environment and nowhere else."""
+    os.environ.update(variables)

@@ -1,7 +1,13 @@
 """Every engine does what plain torch does, and its state goes out and in again without a trace."""
 
 import copy
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +16,7 @@ from torch import nn
 
 from ii_dist.config import (
     CheckpointError,
+    ClusterError,
     DataFacts,
     EngineConfig,
     OptimConfig,
@@ -18,9 +25,40 @@ from ii_dist.config import (
     TrainConfig,
     make_plan,
 )
-from ii_dist.engine import ENGINES, EngineParts, EngineState, make_engine
+from ii_dist.engine import ENGINES, Engine, EngineParts, EngineState
+from ii_dist.engine import make_engine as make_engine_of_kind
 
 CLASSES = 7
+ROWS: dict[str, dict[str, object]] = {
+    "ddp": {"kind": "ddp"},
+    **{f"zero{stage}": {"kind": "deepspeed", "zero_stage": stage} for stage in range(4)},
+    **{f"zero{s}-offload": {"kind": "deepspeed", "zero_stage": s, "offload_optimizer": True} for s in (1, 2, 3)},
+}
+every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+MakeEngine = Callable[[nn.Module, EngineParts], Engine]
+
+
+@pytest.fixture
+def make_engine(tmp_path: Path) -> Iterator[MakeEngine]:
+    """Engines that are closed after the test; whatever DeepSpeed might compile would land in a folder that we see."""
+    before = dict(os.environ)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "compiled")
+    engines: list[Engine] = []
+
+    def make(model: nn.Module, made_from: EngineParts) -> Engine:
+        engines.append(make_engine_of_kind(model, made_from))
+        return engines[-1]
+
+    yield make
+    while engines:
+        engines.pop().close()
+    os.environ.clear()
+    os.environ.update(before)  # DeepSpeed is told some things by environment variables
+    assert not (tmp_path / "compiled").exists()
+
+
+def test_every_kind_has_rows() -> None:
+    assert {row["kind"] for row in ROWS.values()} == set(ENGINES)
 
 
 @dataclass(frozen=True)
@@ -93,23 +131,25 @@ def micro(batch: Images, accumulate: int) -> list[Images]:
     return [Images(*three) for three in zip(*chunks, strict=True)]
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@every_row
 @pytest.mark.parametrize(("accumulate", "clip"), [(1, 0.0), (3, 0.0), (2, 0.5)])
-def test_trains_like_plain_torch(kind: str, accumulate: int, clip: float) -> None:
+def test_trains_like_plain_torch(make_engine: MakeEngine, row: dict[str, object], accumulate: int, clip: float) -> None:
     reference = network()
-    engine = make_engine(copy.deepcopy(reference), parts(accumulate=accumulate, clip_norm=clip, engine={"kind": kind}))
+    engine = make_engine(copy.deepcopy(reference), parts(accumulate=accumulate, clip_norm=clip, engine=row))
     mine = [float(engine.train_step(micro(images(step), accumulate))["loss"]) for step in range(9)]
     assert mine == pytest.approx(plain_torch(reference, 9, accumulate, clip), rel=2e-5)
-    state = engine.state().tensors
+    state = engine.state().whole()
     for name, tensor in reference.state_dict().items():
         torch.testing.assert_close(state[f"model.{name}"], tensor, rtol=1e-4, atol=1e-5, check_stride=False)
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@every_row
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce"])
-def test_mixed_images_are_trained_on_the_shares_of_both_labels(kind: str, loss: str) -> None:
+def test_mixed_images_are_trained_on_the_shares_of_both_labels(
+    make_engine: MakeEngine, row: dict[str, object], loss: str
+) -> None:
     """The same step written out, with soft targets."""
-    made_from = parts(accumulate=2, engine={"kind": kind}, loss=loss)
+    made_from = parts(accumulate=2, engine=row, loss=loss)
     engine, reference = make_engine(network(), made_from), network()
     share_N = torch.tensor([1.0, 0.7, 0.2, 0.5, 0.9, 0.45]).repeat(2)
     batch = images(0)
@@ -136,52 +176,54 @@ def test_mixed_images_are_trained_on_the_shares_of_both_labels(kind: str, loss: 
     assert sums["grad_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@every_row
 @pytest.mark.parametrize("engine_keys", [{}, {"ema_half_life_epochs": 0.5}, {"channels_last": False}])
-def test_state_goes_over_bit_for_bit(kind: str, engine_keys: dict[str, object]) -> None:
-    made_from = parts(engine={"kind": kind, **engine_keys})
+def test_state_goes_over_bit_for_bit(
+    make_engine: MakeEngine, row: dict[str, object], engine_keys: dict[str, object]
+) -> None:
+    made_from = parts(engine={**row, **engine_keys})
     through = make_engine(network(), made_from)
     for step in range(3):
         through.train_step([images(step)])
-    saved = EngineState({n: t.clone() for n, t in through.state().tensors.items()}, dict(through.state().scalars))
+    saved = EngineState(through.state().whole(), dict(through.state().scalars))
     fresh = make_engine(network(seed=99), made_from)
     fresh.load_state(saved)
     assert fresh.step == 3
     for step in range(3, 8):
         one, two = through.train_step([images(step)]), fresh.train_step([images(step)])
         assert all(torch.equal(one[key], two[key]) for key in one)
-    first, second = through.state(), fresh.state()
-    assert first.tensors.keys() == second.tensors.keys()
-    assert any(name.startswith("optimizer.") for name in first.tensors)
-    for name, tensor in first.tensors.items():
-        assert torch.equal(tensor, second.tensors[name]), name
-    assert first.scalars == second.scalars
+    first, second = through.state().whole(), fresh.state().whole()
+    assert first.keys() == second.keys()
+    assert any(name.startswith("optimizer.") for name in first)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    assert through.state().scalars == fresh.state().scalars
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-def test_a_non_finite_step_leaves_no_trace_but_its_count(kind: str) -> None:
-    engine = make_engine(network(), parts(engine={"kind": kind}))
+@every_row
+def test_a_non_finite_step_leaves_no_trace_but_its_count(make_engine: MakeEngine, row: dict[str, object]) -> None:
+    engine = make_engine(network(), parts(engine=row))
     engine.train_step([images(0)])
-    before = {n: t.clone() for n, t in engine.state().tensors.items() if "num_batches" not in n}
+    before = {n: t for n, t in engine.state().whole().items() if "num_batches" not in n}
     bad = images(1)
     bad.images_NCHW[0, 0, 0, 0] = float("nan")
     for count in (1, 2):
         sums = engine.train_step([bad])
         assert sums["skipped"].item() == 1
         assert sums["skipped_in_row"].item() == count
-    after = engine.state().tensors
+    after = engine.state().whole()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert engine.step == 3
     good = engine.train_step([images(2)])
     assert good["skipped"].item() == good["skipped_in_row"].item() == 0
-    assert all(torch.isfinite(t).all() for t in engine.state().tensors.values())
+    assert all(torch.isfinite(t).all() for t in engine.state().whole().values())
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-def test_evaluation_counts_weights_and_changes_nothing(kind: str) -> None:
-    engine = make_engine(network(), parts(engine={"kind": kind}))
+@every_row
+def test_evaluation_counts_weights_and_changes_nothing(make_engine: MakeEngine, row: dict[str, object]) -> None:
+    engine = make_engine(network(), parts(engine=row))
     engine.train_step([images(0)])
-    before = {n: t.clone() for n, t in engine.state().tensors.items()}
+    before = engine.state().whole()
     batch = images(5)
     weighted = Images(batch.images_NCHW, batch.labels_N, torch.tensor([1.0] * 8 + [0.0] * 4))
     engine.begin_eval()
@@ -195,36 +237,98 @@ def test_evaluation_counts_weights_and_changes_nothing(kind: str) -> None:
     ranks = (logits > logits.gather(1, batch.labels_N[:8, None])).sum(1)
     assert sums["top5"].item() == (ranks < 5).sum().item()
     assert sums["loss"].item() == pytest.approx(F.cross_entropy(logits, batch.labels_N[:8], reduction="sum").item())
-    assert all(torch.equal(t, before[n]) for n, t in engine.state().tensors.items())
+    assert all(torch.equal(t, before[n]) for n, t in engine.state().whole().items())
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-def test_average_follows_its_half_life(kind: str) -> None:
-    engine = make_engine(network(), parts(engine={"kind": kind, "ema_half_life_epochs": 0.5}))
+@every_row
+def test_average_follows_its_half_life(make_engine: MakeEngine, row: dict[str, object]) -> None:
+    engine = make_engine(network(), parts(engine={**row, "ema_half_life_epochs": 0.5}))
     decay = 0.5 ** (1 / 2)  # four steps an epoch, half an epoch to half the weight
     expected = network().state_dict()["4.weight"].clone()
     for step in range(4):
         engine.train_step([images(step)])
-        expected = decay * expected + (1 - decay) * engine.state().tensors["model.4.weight"]
-    torch.testing.assert_close(engine.state().tensors["ema.4.weight"], expected)
+        expected = decay * expected + (1 - decay) * engine.state().whole()["model.4.weight"]
+    torch.testing.assert_close(engine.state().whole()["ema.4.weight"], expected)
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-def test_a_state_of_another_network_is_refused_in_one_line(kind: str) -> None:
-    engine = make_engine(network(), parts(engine={"kind": kind}))
-    state = engine.state()
-    less = EngineState({n: t for n, t in state.tensors.items() if n != "model.4.bias"}, state.scalars)
-    other = EngineState(state.tensors | {"model.4.bias": torch.zeros(3)}, state.scalars)
-    more = EngineState(state.tensors | {"model.5.bias": torch.zeros(3)}, state.scalars)
+@every_row
+def test_the_average_is_evaluated_and_training_goes_on(make_engine: MakeEngine, row: dict[str, object]) -> None:
+    made_from = parts(engine={**row, "ema_half_life_epochs": 0.5})
+    engine, undisturbed = make_engine(network(), made_from), make_engine(network(), made_from)
+    for step in range(5):
+        one, two = engine.train_step([images(step)]), undisturbed.train_step([images(step)])
+        assert torch.equal(one["loss"], two["loss"])
+        engine.begin_eval()
+        mine = [engine.eval_step(images(9))["loss"].item() for _ in range(2)]
+        model = network()
+        saved = engine.state().whole()
+        model.load_state_dict({n.removeprefix("ema."): t for n, t in saved.items() if n.startswith("ema.")})
+        with torch.no_grad():
+            logits = model.eval()(images(9).images_NCHW)
+        expected = F.cross_entropy(logits, images(9).labels_N, reduction="sum").item()
+        assert mine == pytest.approx([expected, expected], rel=1e-6)
+        assert all(torch.equal(t, saved[n]) for n, t in undisturbed.state().whole().items())
+
+
+def test_deepspeed_missing_is_one_line(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ClusterError, match=r"DeepSpeed is not installed; pip install deepspeed==\S+$"):
+        make_engine(network(), parts(engine={"kind": "deepspeed"}))
+
+
+def test_deepspeed_is_quiet(make_engine: MakeEngine, capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for stage in range(4):
+            engine = make_engine(network(), parts(engine={"kind": "deepspeed", "zero_stage": stage}))
+            engine.train_step([images(0)])
+    assert capfd.readouterr() == ("", "")
+    assert not logging.getLogger("DeepSpeed").isEnabledFor(logging.WARNING)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_optimizers_are_those_of_ddp(make_engine: MakeEngine, name: str, stage: int) -> None:
+    """The same names with the same values: what one engine saved, another goes on from."""
+    optim: dict[str, object] = {"optimizer": name, "lr": 0.01, "weight_decay": 0.1}
+    ddp = make_engine(network(), parts(**optim))
+    zero = make_engine(network(), parts(engine={"kind": "deepspeed", "zero_stage": stage}, **optim))
+    assert ddp.state().whole().keys() == zero.state().whole().keys()
+    for step in range(4):
+        one, two = ddp.train_step([images(step)]), zero.train_step([images(step)])
+        assert one["loss"].item() == pytest.approx(two["loss"].item(), rel=1e-6)
+    state = ddp.state().whole()
+    assert all(torch.allclose(tensor, state[n], atol=1e-5) for n, tensor in zero.state().whole().items())
+    zero.load_state(EngineState(state, ddp.state().scalars))
+    assert all(torch.equal(tensor, state[n]) for n, tensor in zero.state().whole().items())
+    one, two = ddp.train_step([images(5)]), zero.train_step([images(5)])
+    assert one["loss"].item() == pytest.approx(two["loss"].item(), rel=1e-6)
+    if name == "adamw":
+        assert state["optimizer.4.weight.step"].item() == 4
+        odd = state | {"optimizer.4.weight.step": torch.tensor(3.0)}
+        if stage:
+            with pytest.raises(CheckpointError, match=r"step is not the same for all parameters"):
+                zero.load_state(EngineState(odd, ddp.state().scalars))
+
+
+@every_row
+def test_a_state_of_another_network_is_refused_in_one_line(make_engine: MakeEngine, row: dict[str, object]) -> None:
+    engine = make_engine(network(), parts(engine=row))
+    tensors, scalars = engine.state().whole(), engine.state().scalars
+    less = EngineState({n: t for n, t in tensors.items() if n != "model.4.bias"}, scalars)
+    other = EngineState(tensors | {"model.4.bias": torch.zeros(3)}, scalars)
+    more = EngineState(tensors | {"model.5.bias": torch.zeros(3)}, scalars)
     for wrong, part in ((less, "no tensor model.4.bias"), (other, "model.4.bias has shape"), (more, "model.5.bias")):
         with pytest.raises(CheckpointError, match=rf"checkpoint of another model: .*{part}") as caught:
             engine.load_state(wrong)
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-def test_images_of_the_computed_type_are_what_the_first_layer_would_make_of_them(kind: str) -> None:
-    engines = [make_engine(network(), parts(engine={"kind": kind, "precision": "bf16"})) for _ in range(2)]
+@every_row
+def test_images_of_the_computed_type_are_what_the_first_layer_would_make_of_them(
+    make_engine: MakeEngine, row: dict[str, object]
+) -> None:
+    engines = [make_engine(network(), parts(engine={**row, "precision": "bf16"})) for _ in range(2)]
     for step in range(2):
         exact = images(step)
         rounded = Images(exact.images_NCHW.bfloat16(), exact.labels_N, exact.weight_N)
@@ -233,12 +337,12 @@ def test_images_of_the_computed_type_are_what_the_first_layer_would_make_of_them
         assert engines[0].eval_step(exact)["loss"] == engines[1].eval_step(rounded)["loss"]
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-def test_bf16_autocast_keeps_the_weights_in_float32(kind: str) -> None:
-    engine = make_engine(network(), parts(engine={"kind": kind, "precision": "bf16"}))
-    exact = make_engine(network(), parts(engine={"kind": kind}))
+@every_row
+def test_bf16_autocast_keeps_the_weights_in_float32(make_engine: MakeEngine, row: dict[str, object]) -> None:
+    engine = make_engine(network(), parts(engine={**row, "precision": "bf16"}))
+    exact = make_engine(network(), parts(engine=row))
     for step in range(3):
         low, high = engine.train_step([images(step)])["loss"].item(), exact.train_step([images(step)])["loss"].item()
         assert low == pytest.approx(high, rel=0.05)
         assert low != high
-    assert {t.dtype for t in engine.state().tensors.values() if t.is_floating_point()} == {torch.float32}
+    assert {t.dtype for t in engine.state().whole().values() if t.is_floating_point()} == {torch.float32}

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from ii_dist.config import RunConfig, dump_config, load_config
+from ii_dist.config import RunConfig, dump_config, load_config, recipe_differences
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-RUN_FILES = [p for p in CONFIGS if p.parent.name not in {"base", "clusters"}]
+LAYERS = [p for p in CONFIGS if p.parent.name in {"clusters", "engines"}]
+RUN_FILES = [p for p in CONFIGS if p not in LAYERS and p.parent.name != "base"]
 HEADER = ("command", "hardware", "hours", "top-1")
 
 
-@pytest.mark.parametrize("path", [p for p in CONFIGS if p.parent.name != "clusters"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p not in LAYERS], ids=lambda p: p.stem)
 def test_config_loads_and_says_how_to_run_it(path: Path) -> None:
     cfg = load_config(path)
     header = re.match(r"((?:#.*\n)+)", path.read_text())
@@ -35,6 +36,19 @@ def test_there_are_run_files_with_names_of_their_own() -> None:
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.parent.name == "clusters"], ids=lambda p: p.stem)
 def test_cluster_file_loads_over_a_run(path: Path) -> None:
     assert load_config(RUN_FILES[0], layers=[path]).launch.executor == "slurm"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/engines").glob("*.yaml")), ids=lambda p: p.stem)
+def test_engine_file_is_laid_over_a_run(path: Path) -> None:
+    plain = load_config(RUN_FILES[0])
+    cfg = load_config(RUN_FILES[0], [str(path), "optim.lr=0.25"])
+    assert cfg.engine.kind == ("ddp" if path.stem == "ddp" else "deepspeed")
+    assert f"zero{cfg.engine.zero_stage}" in path.stem or path.stem == "ddp"
+    assert cfg.optim.lr == 0.25
+    assert recipe_differences(plain, cfg) == [f"optim.lr: {plain.optim.lr} -> 0.25"]
+    header = path.read_text()
+    assert f"# command: ii-dist train CONFIG configs/engines/{path.name}" in header
+    assert re.search(r"^# hardware: \S", header, re.MULTILINE)
 
 
 def test_resolved_config_reads_back_equal(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ TOOLS_MAY_IMPORT = LOW | {"data", "models", "checkpoint", "metrics"}
 # A third party that could be missing or replaced is known to these places only.
 ONLY_IN = {
     "nvidia": ("ii_dist/data/dali.py", "benchmarks/"),
-    "deepspeed": (),
+    "deepspeed": ("ii_dist/engine/deepspeed_engine.py", "benchmarks/"),
     "submitit": ("launch/",),
     "tensorboard": ("ii_dist/metrics/",),
     "onnx": ("ii_dist/train/export.py",),

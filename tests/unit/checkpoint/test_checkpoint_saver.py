@@ -149,14 +149,14 @@ def test_scalars_come_back_exactly(folder: RunFolder, saver: Saver, tensors_of: 
 
 def test_host_memory_is_used_again(tensors_of: Tensors) -> None:
     staging = Staging()
-    first, ready = staging.copy(tensors_of(1))
+    first, ready = staging.copy(tensors_of(1), dict.fromkeys(tensors_of(1), 0), 0)
     assert ready is None
     where = {name: copy.data_ptr() for name, copy in first.items()}
-    second, _ = staging.copy(tensors_of(2))
+    second, _ = staging.copy(tensors_of(2), dict.fromkeys(tensors_of(2), 0), 0)
     assert {name: copy.data_ptr() for name, copy in second.items()} == where
     for name, tensor in tensors_of(2).items():
         assert torch.equal(second[name], tensor)
         assert second[name].stride() == tensor.stride()
         assert second[name].data_ptr() % 64 == 0
-    third, _ = staging.copy({"other": torch.ones(3)})
+    third, _ = staging.copy({"other": torch.ones(3)}, {"other": 0}, 0)
     assert torch.equal(third["other"], torch.ones(3))

@@ -78,6 +78,10 @@ def test_config_is_frozen(tmp_path: Path) -> None:
         ("optim.warmup_epochs=1000", ["optim.warmup_epochs 1000", "train.epochs (90.0)"]),
         ("checkpoint.keep_last=1", ["checkpoint.keep_last = 1", "greater than or equal to 2"]),
         ("nonsense", ["'nonsense' is not key.sub=value"]),
+        ("engine.zero_stage=2", ["engine.zero_stage 2", "needs engine.kind deepspeed"]),
+        ("engine.zero_stage=4", ["engine.zero_stage = 4", "less than or equal to 3"]),
+        ("engine.offload_optimizer=true", ["engine.offload_optimizer true", "engine.zero_stage 1, 2 or 3"]),
+        ("engine.kind=fsdp", ["engine.kind = 'fsdp'", "'ddp' or 'deepspeed'"]),
         ("name.sub=1", ["name is a value"]),
         ("optim.lr=[1", ["optim.lr = '[1'", "not a YAML value"]),
     ],
@@ -87,6 +91,37 @@ def test_wrong_override_is_one_line(tmp_path: Path, override: str, parts: list[s
     assert message.startswith("command line: ")
     for part in parts:
         assert part in message
+
+
+DEEPSPEED = ["engine.kind=deepspeed", "engine.zero_stage=1"]
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("engine.precision=fp16", ["engine.precision fp16", "use bf16 or fp32"]),
+        ("engine.compile=true", ["engine.compile true", "use engine.kind ddp"]),
+        *[
+            (f"optim.optimizer={name}", ["engine.zero_stage 1", name, "needs whole"])
+            for name in ("lamb", "lars", "muon")
+        ],
+    ],
+)
+def test_what_deepspeed_cannot_do_is_one_line(tmp_path: Path, override: str, parts: list[str]) -> None:
+    message = error_of(write(tmp_path, MINIMAL), *DEEPSPEED, override)
+    for part in parts:
+        assert part in message
+    if override.startswith("optim"):
+        load_config(write(tmp_path, MINIMAL), ["engine.kind=deepspeed", override])  # stage 0 cuts nothing
+
+
+def test_a_yaml_file_among_the_overrides_is_laid_over(tmp_path: Path) -> None:
+    layer = write(tmp_path, "engine: {kind: deepspeed, zero_stage: 1}\noptim: {lr: 7.0}", "zero.yaml")
+    cfg = load_config(write(tmp_path, MINIMAL), ["optim.lr=0.5", str(layer), "seed=3"])
+    assert (cfg.engine.kind, cfg.engine.zero_stage, cfg.optim.lr, cfg.seed) == ("deepspeed", 1, 0.5, 3)
+    wrong = write(tmp_path, "engine: {kinds: ddp}", "wrong.yaml")
+    assert error_of(write(tmp_path, MINIMAL), str(wrong)).startswith(f"{wrong}: engine.kinds = 'ddp': unknown key")
+    assert "no such config file" in error_of(write(tmp_path, MINIMAL), str(tmp_path / "none.yaml"))
 
 
 def test_wrong_value_in_a_base_names_the_base_file(tmp_path: Path) -> None:
