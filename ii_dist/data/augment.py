@@ -43,7 +43,7 @@ class TrainWindows:
 
 @dataclass(frozen=True, slots=True)
 class EraseWindows:
-    """The rectangle that is erased in each image (pixels after the resize; width 0 = none), and its place in the noise."""
+    """What is erased of each image (pixels after the resize; width 0 = nothing), and its place in the noise."""
 
     x_N: I32
     y_N: I32
@@ -105,7 +105,9 @@ def erase_windows(seed: int, epoch: int, index_N: NDArray[np.int64], side: int, 
 def noise_strip(seed: int, count: int) -> NDArray[np.float32]:
     """`count` numbers as good as normal (mean 0, deviation 1): sums of twelve uniform ones of 16 bits each."""
     words = bits(key(seed, NOISE_STREAM), np.arange(3 * count, dtype=np.uint64)).view(np.uint16)
-    strip: NDArray[np.float32] = (words.reshape(count, 12).sum(axis=1) * 2.0**-16 - (6 - 6 * 2.0**-16)).astype(np.float32)
+    strip: NDArray[np.float32] = (words.reshape(count, 12).sum(axis=1) * 2.0**-16 - (6 - 6 * 2.0**-16)).astype(
+        np.float32
+    )
     return strip
 
 

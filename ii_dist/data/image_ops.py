@@ -138,7 +138,7 @@ def _autocontrast(images_NCHW: Images, _: Factor) -> Images:
 
 def _equalize(images_NCHW: Images, _: Factor) -> Images:
     """Each channel with as many pixels of one level as of another, as PIL does it; a channel of one value stays."""
-    count, channels, height, width = images_NCHW.shape
+    count, channels = images_NCHW.shape[:2]
     planes = count * channels
     histogram = torch.zeros(planes * 256, dtype=torch.int64, device=images_NCHW.device)
     first = 256 * torch.arange(planes, device=images_NCHW.device).view(count, channels, 1, 1)

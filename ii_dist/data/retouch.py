@@ -1,4 +1,4 @@
-"""Colour jitter, policies and random erasing, applied to the images of a batch: one by one on the CPU, together on a GPU.
+"""Colour jitter, policies and random erasing, applied to images: one by one on the CPU, a batch together on a GPU.
 
 In: uint8 images at their final size, and the rows of the index that they are. Out: uint8 images, and after these were
 normalized the same with rectangles erased. What happens to an image is drawn by `policies` and `augment` for its row
@@ -36,7 +36,9 @@ class Retouch:
         self._seed, self._cfg, self._device = request.seed, request.cfg.augment, device
         fill = np.zeros(3) if self._cfg.policy_fill == "zero" else np.rint(np.array(request.cfg.mean) * 255)
         self._fill_C = torch.tensor(fill, dtype=torch.float32, device=device)
-        self._mean_C11, self._scale_C11 = (of_C11.to(device) for of_C11 in normalizing(request.cfg.mean, request.cfg.std))
+        self._mean_C11, self._scale_C11 = (
+            of_C11.to(device) for of_C11 in normalizing(request.cfg.mean, request.cfg.std)
+        )
         self._layout = torch.channels_last if request.channels_last else torch.contiguous_format
         self._noise: torch.Tensor | None = None
 

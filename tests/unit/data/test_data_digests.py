@@ -1,7 +1,6 @@
 """What ranks tell of what they are about to read, and the faults that are seen in it. No group: ranks are simulated."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,9 +140,7 @@ def test_parameters_are_those_of_the_image_on_every_rank(files: DataConfig) -> N
     assert first.index_sha256 == second.index_sha256 != ""
 
 
-def test_augmentation_by_place_instead_of_by_image_is_seen(
-    files: DataConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_augmentation_by_place_instead_of_by_image_is_seen(files: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = dataclasses.replace(plan_for(2, cfg=files, batch=40), eval_images=8)
     outlooks = [outlook_of(rank, plan, files) for rank in (0, 1)]
     hashes = np.stack([o.parameter_hashes(0, o.rows([0]).ravel()) for o in outlooks])

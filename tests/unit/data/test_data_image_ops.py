@@ -93,9 +93,7 @@ def gaps(found: torch.Tensor, expected: torch.Tensor) -> tuple[int, float]:
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(("op", "values", "oracle", "levels"), CASES, ids=[case[0].name for case in CASES])
-def test_pixels_are_torchvisions(
-    op: Op, values: tuple[float, ...], oracle: Oracle, levels: int, side: int
-) -> None:
+def test_pixels_are_torchvisions(op: Op, values: tuple[float, ...], oracle: Oracle, levels: int, side: int) -> None:
     batch = images(side)
     for value in values:
         before = batch.clone()
@@ -132,7 +130,9 @@ def test_the_fill_moves_in_from_outside(op: Op) -> None:
     expected = (oracle(batch.float() - fill_C11, value) + fill_C11).round()
     found = ours(op, batch, value, fill)
     assert gaps(found, expected)[0] <= 1
-    corner = {Op.SHEAR_X: (-1, -1), Op.SHEAR_Y: (-1, -1), Op.TRANSLATE_X: (0, 0), Op.TRANSLATE_Y: (0, 0)}.get(op, (0, 0))
+    corner = {Op.SHEAR_X: (-1, -1), Op.SHEAR_Y: (-1, -1), Op.TRANSLATE_X: (0, 0), Op.TRANSLATE_Y: (0, 0)}.get(
+        op, (0, 0)
+    )
     assert found[0, :, corner[0], corner[1]].tolist() == list(fill)
 
 

@@ -35,7 +35,7 @@ def test_seek_to_the_middle_of_a_large_epoch_is_quick_and_reads_nothing(
     read: list[int] = []
     real = Index.read_bytes
     monkeypatch.setattr(Index, "read_bytes", lambda index, row: (read.append(row), real(index, row))[1])
-    cfg, plan = plan_for(IMAGENET, RANKS, PER_RANK)
+    _cfg, plan = plan_for(IMAGENET, RANKS, PER_RANK)
     data = DataConfig.model_validate(
         {"source": source_name, "root": str(root), "image_size": 32, "threads_per_rank": 1, "prefetch_batches": 1}
     )

@@ -117,7 +117,9 @@ def test_magnitudes_are_torchvisions(space: dict, table: NDArray[np.float64]) ->
         assert np.allclose(table[op], expected, rtol=1e-6, atol=1e-6), name
         assert signed == (op in GEOMETRIC + ENHANCING)
     ops = {TORCHVISION[name] for name in space}
-    assert ops == set(TRIVIAL_OPS if len(table[0]) == 31 else AUTO_OPS) - ({Op.IDENTITY} if len(table[0]) == 10 else set())
+    assert ops == set(TRIVIAL_OPS if len(table[0]) == 31 else AUTO_OPS) - (
+        {Op.IDENTITY} if len(table[0]) == 10 else set()
+    )
 
 
 def test_trivialaugment_draws_every_operation_and_level_alike() -> None:
@@ -158,7 +160,12 @@ def test_autoaugment_draws_pairs_alike_and_applies_them_as_often_as_stated() -> 
 def test_randaugments_tables_are_timms(increasing: bool) -> None:
     """At every magnitude, for both signs: timm draws its sign from Python's generator."""
     names = timm_policies.rand_augment_choices("", increasing)
-    known = {"TranslateXRel": Op.TRANSLATE_X, "TranslateYRel": Op.TRANSLATE_Y, "SolarizeAdd": Op.SOLARIZE_ADD, **TORCHVISION}
+    known = {
+        "TranslateXRel": Op.TRANSLATE_X,
+        "TranslateYRel": Op.TRANSLATE_Y,
+        "SolarizeAdd": Op.SOLARIZE_ADD,
+        **TORCHVISION,
+    }
     ops = {name: known[name.removesuffix("Increasing")] for name in names}
     assert set(ops.values()) == set(RAND_OPS)
     for magnitude, (name, op) in itertools.product((0.0, 1.0, 3.3, 7.0, 7.9, 10.0), ops.items()):
@@ -293,7 +300,9 @@ def test_wrong_keys_are_named(keys: dict[str, object], message: str) -> None:
         AugmentConfig.model_validate(keys)
 
 
-@pytest.mark.parametrize("key", [k for k in AugmentConfig.model_fields if k.split("_")[0] in ("colour", "policy", "erase")])
+@pytest.mark.parametrize(
+    "key", [k for k in AugmentConfig.model_fields if k.split("_")[0] in ("colour", "policy", "erase")]
+)
 def test_a_changed_key_is_another_recipe(key: str) -> None:
     other = {
         "colour_jitter": [0.1, 0, 0, 0],
@@ -319,4 +328,9 @@ GOLDEN_VALUES = [
     [87.48581, 94.00146, 0.0],
     [0.0, -0.25553, 90.26852],
 ]
-GOLDEN_RECTANGLES = [[77, 3, 147, 66, 61983], [26, 63, 58, 41, 13902], [17, 129, 180, 84, 20426], [75, 31, 125, 80, 171]]
+GOLDEN_RECTANGLES = [
+    [77, 3, 147, 66, 61983],
+    [26, 63, 58, 41, 13902],
+    [17, 129, 180, 84, 20426],
+    [75, 31, 125, 80, 171],
+]

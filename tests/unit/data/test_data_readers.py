@@ -320,7 +320,7 @@ def test_a_rank_that_dies_or_leaves_takes_its_readers_with_it(root: Path, source
 
 @pytest.mark.parametrize("source", READERS)
 def test_stop_signals_reach_the_stop_request_and_disturb_no_reader(root: Path, source: str) -> None:
-    """Nothing of a reader is a process, so a signal to the rank is the rank's alone; no read or decode is lost by it."""
+    """Nothing of a reader is a process, so a signal to the rank is the rank's alone; no read is lost by it."""
     expected = take(train_source(config(root, source)), 12)
     request, running, ended = StopRequest(), train_source(config(root, source)), threading.Event()
 

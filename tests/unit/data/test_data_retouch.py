@@ -114,7 +114,7 @@ def by_torchvision(image_CHW: torch.Tensor, ops: list[int], values: list[float])
 def test_batches_hold_what_torchvision_makes_of_the_drawn_operations(
     root: Path, source: str, augment: AugmentConfig
 ) -> None:
-    """From the same reader's plain images, whose resize and flip are tested elsewhere: all draws are of other streams."""
+    """From the same reader's plain images, whose resize and flip are tested elsewhere: other streams draw."""
     augment = augment.model_copy(update={"policy_fill": "zero"})
     cfg = config(root, source, augment)
     plain, rich = (take(train_source(c), 3) for c in (config(root, source, AugmentConfig()), cfg))
@@ -125,7 +125,10 @@ def test_batches_hold_what_torchvision_makes_of_the_drawn_operations(
         drawn = draw_operations(SEED, epoch, index_N, augment, SIDE)
         erased = erase_windows(SEED, epoch, index_N, SIDE, augment)
         for i, image_CHW in enumerate(pixels(before.images_NCHW, cfg).round().to(torch.uint8)):
-            operations = (drawn.op_KN[:, i].tolist(), np.where(drawn.op_KN[:, i] == 0, 0, drawn.value_KN[:, i]).tolist())
+            operations = (
+                drawn.op_KN[:, i].tolist(),
+                np.where(drawn.op_KN[:, i] == 0, 0, drawn.value_KN[:, i]).tolist(),
+            )
             expected = pixels(after.images_NCHW[i], cfg) - by_torchvision(image_CHW, *operations)
             x, y, w, h = (int(n_N[i]) for n_N in (erased.x_N, erased.y_N, erased.width_N, erased.height_N))
             if augment.erase_fill == "noise":
@@ -167,7 +170,7 @@ def test_a_whole_batch_equals_its_images_alone_to_the_last_bit(
 
 
 def test_the_graph_for_a_gpu_stops_at_bytes_that_torch_finishes(root: Path) -> None:
-    """The same operators on the CPU; DALI's resize rounds otherwise than torch's, so operations that magnify are out."""
+    """The same operators on the CPU; DALI's resize rounds otherwise than torch's: no operations that magnify."""
     augment = AugmentConfig(colour_jitter=(0.2, 0.2, 0.2, 0.0), erase_probability=0.5)
     cfg = config(root, "dali", augment)
     source = train_source(cfg)
@@ -270,7 +273,11 @@ def eval_pixels_of_gpu_graph(cfg: DataConfig) -> Iterator[tuple[int, torch.Tenso
 )
 @pytest.mark.parametrize(("resize", "crop"), [(256, 224), (232, 225)])
 def test_evaluation_equals_torchvisions_on_odd_sizes(
-    odd_root: Path, source: str, read: Callable[[DataConfig], Iterator[tuple[int, torch.Tensor]]], resize: int, crop: int
+    odd_root: Path,
+    source: str,
+    read: Callable[[DataConfig], Iterator[tuple[int, torch.Tensor]]],
+    resize: int,
+    crop: int,
 ) -> None:
     """Mean difference of 0.5/255 or less; one pixel aside costs several (the rounding of odd margins)."""
     cfg = config(odd_root, source, AugmentConfig(), eval_resize=resize, eval_image_size=crop)

@@ -47,8 +47,8 @@ def index(tmp_path: Path) -> Index:
 
 def open_shards(folder: Path) -> list[str]:
     """Shards of `folder` that this process holds open; a replaced one is called "... (deleted)" by the system."""
-    links = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
-    found = [os.readlink(link) for link in links if os.path.islink(link)]
+    links = list(Path("/proc/self/fd").iterdir())
+    found = [str(link.readlink()) for link in links if link.is_symlink()]
     return sorted(Path(path).name for path in found if path.startswith(f"{folder}/train-"))
 
 

@@ -107,9 +107,7 @@ def data_config(root: Path, stage_to: Path | str = "", source: str = "torch") ->
 
 
 def train_source(cfg: DataConfig, world: World) -> BatchSource:
-    plan = plan_of(
-        run_config(cfg, BATCH), world.world_size, CLASSES * PER_CLASS, CLASSES * VAL_PER_CLASS, CLASSES
-    )
+    plan = plan_of(run_config(cfg, BATCH), world.world_size, CLASSES * PER_CLASS, CLASSES * VAL_PER_CLASS, CLASSES)
     return make_train_source(cfg, plan, world, 5, "cpu", False)
 
 
@@ -128,7 +126,7 @@ def expected(packed: Path) -> Iterator[list[list[Batch]]]:
         source = train_source(data_config(packed), world)
         found.append(list(islice(source, 7)))
         source.close()
-    yield found
+    return found
 
 
 @pytest.mark.parametrize("source", ["dali", "torch"])
@@ -212,7 +210,7 @@ def test_a_copy_of_another_size_is_made_again_and_another_index_has_its_own_fold
     started.close()
     other = Index.open(index.folder / "val.index")
     stage(other, tmp_path / "disk")
-    assert sorted(os.listdir(tmp_path / "disk")) == sorted([index.digest, other.digest])
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == sorted([index.digest, other.digest])
 
 
 def test_a_copy_killed_in_the_middle_is_no_copy_and_the_next_run_finishes(
@@ -272,7 +270,7 @@ def test_single_files_and_folders_of_others_are_refused(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_data_set(tmp_path / "files", 1, 1, 1, (8, 8))
-    with pytest.raises(ConfigError, match="tools.pack_dataset"):
+    with pytest.raises(ConfigError, match=r"tools\.pack_dataset"):
         start_staging(Index.open(tmp_path / "files" / "train.index"), str(tmp_path / "disk"), World())
     (tmp_path / "file").write_text("")
     with pytest.raises(ClusterError, match="cannot be made"):
@@ -319,7 +317,9 @@ def test_a_copy_that_goes_bad_is_left_for_the_original_with_one_warning(
             reading.read_bytes(row)
     for name in index.header.shards:
         size = (folder / name).stat().st_size
-        (folder / name).unlink() if harm == "removed" else os.truncate(folder / name, size + 1 if harm == "longer" else 10)
+        (folder / name).unlink() if harm == "removed" else os.truncate(
+            folder / name, size + 1 if harm == "longer" else 10
+        )
     for _ in range(2):
         for row in range(len(reading)):
             assert reading.read_bytes(row).tobytes() == index.read_bytes(row).tobytes()

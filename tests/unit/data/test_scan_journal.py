@@ -41,7 +41,9 @@ def index_with(journal: Path, folder: Path) -> list[object]:
         opened.close()
 
 
-def test_known_files_are_not_read_and_the_rows_are_the_same(folder: Path, tmp_path: Path, read_again: list[str]) -> None:
+def test_known_files_are_not_read_and_the_rows_are_the_same(
+    folder: Path, tmp_path: Path, read_again: list[str]
+) -> None:
     first = index_with(tmp_path / "journal", folder)
     assert len(read_again) == 8
     read_again.clear()
@@ -81,7 +83,9 @@ def test_a_journal_cut_off_anywhere_gives_the_right_rows(folder: Path, tmp_path:
 def test_rubbish_in_a_journal_is_left_out(folder: Path, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     rows = index_with(journal, folder)
-    journal.write_bytes(bytes(4096) + b"\nhello\n" + b"0" * 64 + b" 1 2 3\n" + journal.read_bytes().replace(b"a", b"\xff"))
+    journal.write_bytes(
+        bytes(4096) + b"\nhello\n" + b"0" * 64 + b" 1 2 3\n" + journal.read_bytes().replace(b"a", b"\xff")
+    )
     assert index_with(journal, folder) == rows
 
 
@@ -98,7 +102,9 @@ build_index(__import__("pathlib").Path(sys.argv[1]), workers=2, journal=Journal(
 """
 
 
-def test_a_kill_in_the_middle_loses_only_what_was_not_noted(folder: Path, tmp_path: Path, read_again: list[str]) -> None:
+def test_a_kill_in_the_middle_loses_only_what_was_not_noted(
+    folder: Path, tmp_path: Path, read_again: list[str]
+) -> None:
     journal = tmp_path / "journal"
     make_image_folder(folder, classes=2, per_class=40)
     with subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder), str(journal)]) as killed:
@@ -115,13 +121,12 @@ def test_a_kill_in_the_middle_loses_only_what_was_not_noted(folder: Path, tmp_pa
 
 def test_names_that_cannot_stand_in_an_index_are_refused_in_one_line(folder: Path) -> None:
     for name in (b"caf\xe9.jpg", b"line\nbreak.jpg", b"colour\x1b[31m.jpg"):
-        path = os.path.join(os.fsencode(folder), b"class_00", name)
-        with open(path, "wb") as file:
-            file.write((folder / "class_00" / "00000.jpg").read_bytes())
+        path = folder / "class_00" / os.fsdecode(name)
+        path.write_bytes((folder / "class_00" / "00000.jpg").read_bytes())
         with pytest.raises(DataError, match="rename") as error:
             build_index(folder)
         assert str(error.value).isprintable()
-        os.unlink(path)
+        path.unlink()
 
 
 def test_facts_of_pictures_and_of_others(tmp_path: Path) -> None:
