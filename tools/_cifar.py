@@ -82,14 +82,14 @@ def _read_parts(archive: Path, layout: Layout) -> dict[str, bytes]:
     """Content of the files that count, by their names without folders; all members are checked."""
     wanted = {layout.names, *(name for files in layout.files.values() for name in files)}
     parts: dict[str, bytes] = {}
-    pickles = False
+    for_python = False
     for name, content in read_gzipped(archive):
         file_name = name.rsplit("/", 1)[-1]
-        pickles |= file_name in ("batches.meta", "meta")
+        for_python |= file_name in ("batches.meta", "meta")
         if file_name in wanted:
             parts[file_name] = content
     if missing := sorted(wanted - set(parts)):
-        why = "the Python version, a pickle, which is never loaded" if pickles else "another archive"
+        why = "the Python version, which can run code and is never loaded" if for_python else "another archive"
         raise DataError(f"{archive}: has no {missing[0]}; this is {why}; get {layout.archive.name}")
     return parts
 

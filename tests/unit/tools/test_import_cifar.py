@@ -66,7 +66,7 @@ def test_wrong_archives_are_named(tmp_path: Path) -> None:
         "label 10": {**files, f"{inside}/data_batch_2.bin": bytes(label)},
         "whole records": {**files, f"{inside}/test_batch.bin": files[f"{inside}/test_batch.bin"][:-1]},
         "has no data_batch_3.bin": {k: v for k, v in files.items() if "batch_3" not in k},
-        "a pickle, which is never loaded": python,
+        "can run code and is never loaded": python,
         "names 9 classes": {**files, f"{inside}/batches.meta.txt": b"\n".join(map(str.encode, CIFAR10_NAMES[:9]))},
         "'../../escaped' is not the name of a class": {
             **files,
