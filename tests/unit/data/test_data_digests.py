@@ -95,6 +95,12 @@ def test_equal_rows_are_no_proof_without_each_image_once() -> None:
     assert describe_difference(twice, twice, EPOCH_0) == "ranks 0 and 1 read the same images (1 read more than once)"
 
 
+def test_the_same_image_in_the_next_epoch_is_no_repeat() -> None:
+    rows = np.array([[[5], [5]]])
+    assert describe_difference(rows, rows, np.array([0, 1])) == ""
+    assert describe_difference(rows, rows, np.array([1, 1])).startswith("rank 0 reads an image twice")
+
+
 @pytest.mark.parametrize("world_size", [1, 3, 4])
 def test_evaluation_padding_counts_for_nobody(world_size: int) -> None:
     plan = plan_for(world_size)
