@@ -79,7 +79,7 @@ class BadFiles:
             return
         self._named.add((refused.row, refused.sha256))
         split, path = index.path.stem, index.name(refused.row)
-        _log.warning("%s: %s; %s", index.place(refused.row)[0], refused.reason, fate)
+        _log.warning("%s: %s; %s", index.told(refused.row), refused.reason, fate)
         entry = BadFile(split, path, refused.sha256, refused.reason, refused.row, refused.epoch)
         with self._lock:
             self._counts.new.append(entry)

@@ -118,7 +118,7 @@ class Request:
         """The rows of batch `number`, of which some may turn out to be bad."""
         assert self.index is not None
         index = self.index
-        return Picks(self.schedule.rows(number), self.seed, len(index), self.train, lambda row: index.place(row)[0])
+        return Picks(self.schedule.rows(number), self.seed, len(index), self.train, index.told)
 
     def windows(self, rows: Rows) -> TrainWindows | EvalWindows:
         """What is cut out of the images of one batch."""
