@@ -26,6 +26,7 @@ from torch import nn
 
 from ii_dist.config import RunConfig, data_facts, make_plan
 from ii_dist.data import Batch, Position
+from ii_dist.data.bad_files import BadFiles
 from ii_dist.data.digests import Outlook
 from ii_dist.engine import EngineParts, make_engine
 from ii_dist.models import create_model
@@ -42,7 +43,7 @@ class OneBatch:
     """A source that hands out the same batch for ever."""
 
     def __init__(self, batch: Batch) -> None:
-        self._batch = batch
+        self._batch, self.bad_files = batch, BadFiles()
 
     def __iter__(self) -> Iterator[Batch]:
         while True:

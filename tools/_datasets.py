@@ -9,13 +9,14 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ii_dist.config.errors import DataError
 from ii_dist.config.index_header import read_index_header
 from ii_dist.data import Journal, build_index, examine_bytes, in_parallel, write_index
+from ii_dist.data.quarantine import BadFile, Quarantine
 from ii_dist.data.scan import THREADS
 from tools._progress import Progress
 
@@ -148,11 +149,16 @@ def write_images(target: Target, split: str, images: Iterable[tuple[str, Callabl
 
 
 def write_indexes(
-    source: Path, out: Path, workers: int = THREADS, expected: Mapping[str, int] | None = None
+    source: Path,
+    out: Path,
+    workers: int = THREADS,
+    expected: Mapping[str, int] | None = None,
+    bad_files: Sequence[BadFile] = (),
 ) -> dict[str, int]:
     """Index `source`/train and `source`/val into `out`; prints what was found and returns the number of images.
 
-    Files that the journals in `out` know are not read again. expected: images that each split must have.
+    Files that the journals in `out` know are not read again. expected: images that each split must have. bad_files are
+    left out.
     """
     for split in SPLITS:
         if not (source / split).is_dir():
@@ -164,7 +170,11 @@ def write_indexes(
     found = {}
     for split in SPLITS:
         with contextlib.closing(Journal(out / f".{split}.journal")) as journal:
-            rows, classes = build_index(source / split, classes, Progress(f"{split} index"), workers, journal)
+            rows, classes = build_index(
+                *(source / split, classes, Progress(f"{split} index"), workers),
+                journal=journal,
+                quarantine=Quarantine(split, bad_files),
+            )
         found[split] = rows
         if expected and len(rows) != expected[split]:
             raise DataError(

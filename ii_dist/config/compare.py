@@ -16,6 +16,8 @@ FREE_KEYS = (
     "data.stage_to",
     "data.threads_per_rank",
     "data.prefetch_batches",
+    "data.max_bad_share",
+    "data.read_retries",
     "engine.device",
     "engine.kind",
     "engine.zero_stage",

@@ -9,6 +9,7 @@ runs/<name>/
   checkpoints/step_000001000/            a committed step (made only by rename)
     COMMITTED.json  state.json  shard_00000-of-00002.safetensors ...
   summary.json                           figures of a finished run
+  quarantine.jsonl                       images that could not be read, each once; not there where there are none
 """
 
 import re
@@ -72,6 +73,10 @@ class RunFolder:
     @property
     def summary(self) -> Path:
         return self.root / "summary.json"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.root / "quarantine.jsonl"
 
     @property
     def jobs(self) -> Path:

@@ -70,6 +70,12 @@ class DataConfig(Slice):
     image_dtype: ImageDtype = "auto"
     """Type of the finished images. auto = on a GPU what `engine.precision` computes in, which is what the first layer
     would round them to anyway; on CPU float32."""
+    max_bad_share: Fraction = 1e-3
+    """Share of an epoch's images (and of an evaluation's) that may be unreadable before the run stops; three are always
+    allowed, unless it is 0: then the first one stops the run."""
+    read_retries: Annotated[int, Field(ge=0, le=20)] = 5
+    """Further tries of a read that failed for a passing reason (EIO, ESTALE, lost connection), after 0.1, 0.3, 0.9 ...
+    s, at most 10 s each: 5 wait 12 s in all."""
     synthetic_images: Count = 4096
     synthetic_classes: Count = 1000
     """Size of the synthetic data set (source: synthetic needs no files)."""

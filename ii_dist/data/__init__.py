@@ -5,6 +5,8 @@ In: a `DataConfig`, a `Plan`, a `World`, a seed. Out: a `BatchSource`: normalize
     index           the index file: the only thing that says what the data set is; index_write writes it
     scan            building it from a folder; facts: what a file is; journal: files that were hashed before a kill
     shards          writing tar shards; shard_reader: reading them by offset; staging: copying them to the node's disk
+    retry           reading files patiently; content: what is in them
+    substitute      what takes the place of a bad file; bad_files: counts and names them; quarantine: the list of them
     counter         random bits as a pure function of integers
     order           the permutation of an epoch; positions: which part of it a rank's n-th batch takes
     augment         crop windows, flips, erased rectangles; evaluation windows
@@ -121,7 +123,7 @@ def _open_index(cfg: DataConfig, split: str, images: int, num_classes: int, worl
             f"{index.path}: {len(index)} images of {len(index.classes)} classes, but the run was planned for {images} "
             f"of {num_classes}; the data set changed, or the two splits have different classes"
         )
-    check_files(index, part=world.rank, parts=world.world_size)
+    check_files(index, world.rank, world.world_size, cfg.max_bad_share)
     return index
 
 

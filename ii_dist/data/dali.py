@@ -14,11 +14,11 @@ the graph: they change from epoch to epoch, between two prefetched batches, and 
 """
 
 import logging
-import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from itertools import chain, repeat
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,18 +28,21 @@ from numpy.typing import NDArray
 from ii_dist.config.errors import ClusterError, ConfigError, DataError
 from ii_dist.data.ahead import Ahead, Chunks
 from ii_dist.data.augment import EvalWindows, TrainWindows
+from ii_dist.data.content import why_undecodable
+from ii_dist.data.index import UnreadableFile
 from ii_dist.data.mix import Mixing
 from ii_dist.data.mix_images import mix_batch
 from ii_dist.data.positions import Rows
 from ii_dist.data.resample import Finisher
 from ii_dist.data.retouch import is_retouched, make_retouch
+from ii_dist.data.retry import PatientReader
 from ii_dist.data.source import Batch, Request, beside_images
+from ii_dist.data.substitute import BLANK_PNG, Picks
 
 _log = logging.getLogger(__name__)
 
 _READ_THREADS = 4  # files read at once: hides the latency of a network file system; idle where the cache is warm
-_SAMPLE = re.compile(r"sample #(\d+)")
-
+_SUSPICIOUSLY_MANY = 8  # a batch of so many images, all of them refused, means that the decoder is broken, not they
 
 Feed = Callable[[], tuple[Any, ...]]
 Cut = tuple[Any, Any, dict[str, Any]]  # images, mirror, arguments of a crop
@@ -49,6 +52,8 @@ Cut = tuple[Any, Any, dict[str, Any]]  # images, mirror, arguments of a crop
 class _Fed:
     """One batch as DALI is given it. Its arrays must live until DALI has used them: nothing is copied."""
 
+    number: int
+    picks: Picks
     rows: Rows
     windows: TrainWindows | EvalWindows
     inputs: tuple[Any, ...]
@@ -127,42 +132,62 @@ class _Pipe:
     def __init__(self, request: Request, first: int, reading: Chunks, decode_only: bool) -> None:
         assert request.index is not None
         self._request, self._index, self._reading, self._decode_only = request, request.index, reading, decode_only
+        self._files = PatientReader(request.index, request.cfg.read_retries, request.bad_files.note_retry)
         self._ahead: Ahead[_Fed] = Ahead(self._prepare, first, request.cfg.prefetch_batches)
         self._pipeline: Any = None
+        self._again: deque[_Fed] = deque()  # to be fed once more, to the pipeline after one that failed
         self._waiting: deque[_Fed] = deque()  # fed, not yet handed out: the oldest is the one that run() returns
         self._in_use: deque[_Fed] = deque(maxlen=request.cfg.prefetch_batches + 2)
         self._error: DataError | None = None
 
     def run(self, *stream: Any) -> tuple[_Fed, Any]:
         """What the next batch was made of, and DALI's images. Raises DataError, again by every later call."""
-        if self._error:
-            raise self._error
-        if self._pipeline is None:
-            self._pipeline = _build_pipeline(self._request, self._feed, self._decode_only)
-        try:
-            (output,) = self._pipeline.run(*stream)
-        except RuntimeError as error:
-            self._name_bad_file(error)
-        return self._waiting.popleft(), output
+        while self._error is None:
+            if self._pipeline is None:
+                self._pipeline = _build_pipeline(self._request, self._feed, self._decode_only)
+            try:
+                (output,) = self._pipeline.run(*stream)
+            except RuntimeError as error:
+                self._repair(error)
+            else:
+                fed = self._waiting.popleft()
+                self._request.bad_files.note(fed.number, fed.picks, self._index)
+                return fed, output
+        raise self._error
 
     def close(self) -> None:
+        self._files.close()
         self._pipeline = None
         self._ahead.close()
+        self._again.clear()
         self._waiting.clear()
         self._in_use.clear()
 
     def _prepare(self, number: int) -> _Fed:
         """Read the files of batch `number` and compute what is to be done to them."""
-        rows = self._request.schedule.rows(number)
-        encoded: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * len(rows.index_N)
+        return self._fed(number, self._request.picks(number), {})
+
+    def _fed(self, number: int, picks: Picks, known: dict[int, NDArray[np.uint8]]) -> _Fed:
+        """known: encoded images that were read before, by their place."""
+        encoded: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * len(picks.rows.index_N)
 
         def read(i: int) -> None:
-            encoded[i] = self._index.read_bytes(int(rows.index_N[i]))
+            encoded[i] = known[i] if i in known else self._read(picks, i)
 
         self._reading.each(read, len(encoded))
+        rows = picks.rows  # now: a file that cannot be read has given way to another one
         windows = self._request.windows(rows)
         arguments = self._arguments(windows, self._request.side(rows.epoch))
-        return _Fed(rows, windows, (encoded, *arguments), None if self._decode_only else self._request.mixing(rows))
+        mixing = None if self._decode_only else self._request.mixing(rows)
+        return _Fed(number, picks, rows, windows, (encoded, *arguments), mixing)
+
+    def _read(self, picks: Picks, place: int) -> NDArray[np.uint8]:
+        while place not in picks.blank:
+            try:
+                return self._files.read(int(picks.rows.index_N[place]))
+            except UnreadableFile as error:
+                picks.refuse(place, error.reason)
+        return np.frombuffer(BLANK_PNG, np.uint8)
 
     def _arguments(self, windows: TrainWindows | EvalWindows, side: int) -> tuple[Any, ...]:
         """What the pipeline takes beside the encoded images, in the order of its inputs."""
@@ -180,24 +205,60 @@ class _Pipe:
 
     def _feed(self) -> tuple[Any, ...]:
         """Called by DALI, in the thread that runs the pipeline, when it has room for another batch."""
-        fed = self._ahead.next()
+        fed = self._again.popleft() if self._again else self._ahead.next()
         self._waiting.append(fed)
         self._in_use.append(fed)
         return fed.inputs
 
-    def _name_bad_file(self, error: RuntimeError) -> NoReturn:
-        """DALI tells the sample's place in the batch, or nothing: turn that into the file."""
-        if not self._waiting:
+    def _repair(self, error: RuntimeError) -> None:
+        """A failed run takes the pipeline with it: feed a new one with the same batches, the bad images replaced."""
+        failed, self._pipeline = [*self._waiting, *self._again], None
+        self._waiting.clear()
+        self._again.clear()
+        repaired = False
+        for fed in failed:
+            # The oldest is the one that failed; a later one is looked at only where that proves good.
+            good = fed if repaired else self._without_bad_images(fed, error)
+            repaired = repaired or good is not fed
+            self._again.append(good)
+        if not repaired:
             raise error
-        rows, encoded = self._waiting[0].rows, self._waiting[0].inputs[0]
-        found = _SAMPLE.search(str(error))
-        bad = int(found[1]) if found else _first_undecodable(encoded)
-        self._pipeline = None
-        if bad is None:
-            raise error
-        path = self._index.place(int(rows.index_N[bad]))[0]
-        self._error = DataError(f"{path}: cannot be decoded; replace or remove it and make the index again")
-        raise self._error from error
+
+    def _without_bad_images(self, fed: _Fed, error: RuntimeError) -> _Fed:
+        """The same batch with each image that DALI refuses replaced by one that it takes; `fed` where there is none."""
+        places = list(range(len(fed.rows.index_N)))
+        while bad := self._refused(fed, places):
+            if len(bad) == len(fed.rows.index_N) >= _SUSPICIOUSLY_MANY:
+                self._error = DataError(f"data.source dali: refuses all {len(bad)} images of a batch ({_said(error)})")
+                raise self._error from error.with_traceback(None)  # it holds the pipeline, and that our arrays
+            encoded = fed.inputs[0]
+            for place in bad:
+                reason = f"cannot be decoded ({why_undecodable(encoded[place])})"
+                fed.picks.refuse(place, reason, encoded[place])
+            known = {place: content for place, content in enumerate(encoded) if place not in bad}
+            fed = self._fed(fed.number, fed.picks, known)
+            places = bad
+        return fed
+
+    def _refused(self, fed: _Fed, places: list[int]) -> list[int]:
+        """Those of the `places` of a batch whose image DALI does not take, each tried alone in the same graph."""
+        singles = [tuple(column[i : i + 1] for column in fed.inputs) for i in places]
+        bad, done = [], 0
+        while (done := done + self._taken(singles[done:])) < len(singles):
+            bad.append(places[done])
+            done += 1
+        return bad
+
+    def _taken(self, singles: Sequence[tuple[Any, ...]]) -> int:
+        """How many batches of one image go through a pipeline until one fails."""
+        following = chain(singles, repeat(singles[-1] if singles else ()))  # DALI asks for more than it is run for
+        pipeline = _build_pipeline(self._request, lambda: next(following), self._decode_only, batch=1)
+        for done in range(len(singles)):
+            try:
+                pipeline.run()
+            except RuntimeError:
+                return done
+        return len(singles)
 
 
 def _import_dali() -> None:
@@ -209,15 +270,18 @@ def _import_dali() -> None:
         ) from None
 
 
-def _build_pipeline(request: Request, feed: Feed, decode_only: bool) -> Any:
-    """The graph. With a GPU and data.decode cpu, decoding and resizing stay on the CPU, normalizing does not."""
+def _build_pipeline(request: Request, feed: Feed, decode_only: bool, batch: int = 0) -> Any:
+    """The graph, for batches of the schedule's size or of `batch`.
+
+    With a GPU and data.decode cpu, decoding and resizing stay on the CPU, normalizing does not.
+    """
     from nvidia.dali import Pipeline
 
     on_gpu = request.device != "cpu"
     decoder = "mixed" if on_gpu and request.cfg.decode != "cpu" else "cpu"
     device_id = int(request.device.partition(":")[2] or 0) if on_gpu else None
     pipeline = Pipeline(
-        batch_size=request.schedule.batch,
+        batch_size=batch or request.schedule.batch,
         num_threads=request.threads,
         device_id=device_id,
         prefetch_queue_depth=request.cfg.prefetch_batches,
@@ -328,16 +392,8 @@ def _margin_share(at_N: NDArray[np.int32], size_N: NDArray[np.int32], side: int)
     return share_N
 
 
-def _first_undecodable(encoded: list[NDArray[np.uint8]]) -> int | None:
-    """Place of the first image that PIL cannot decode either."""
-    import io
-
-    from PIL import Image
-
-    for place, content in enumerate(encoded):
-        try:
-            with Image.open(io.BytesIO(content.data)) as image:
-                image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            return place
-    return None
+def _said(error: RuntimeError) -> str:
+    """The one line of DALI's report that tells what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    after = lines[lines.index("encountered:") + 1 :] if "encountered:" in lines else lines
+    return next(iter(after), "no message")[:200]

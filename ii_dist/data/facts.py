@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # What Pillow's format readers raise for bytes that are not what they claim to be.
-_NO_IMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error)
+NO_IMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def examine_bytes(content: bytes) -> FileFacts:
             return FileFacts(length, sha256, image.format or "", image.mode, width, height)
     except Image.UnidentifiedImageError:
         problem = "not an image" if content else "empty file, not an image"
-    except (*_NO_IMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (*NO_IMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         problem = (str(error) or type(error).__name__).splitlines()[0]
     return FileFacts(length, sha256, "", "", 0, 0, problem)
 

@@ -11,6 +11,7 @@ layout (any safetensors reader opens it), and `ii_dist.config.index_header` read
     sha256 uint8 N x 32                         of the encoded image
 """
 
+import logging
 import mmap
 import os
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from numpy.typing import NDArray
 from ii_dist.config.errors import DataError
 from ii_dist.config.index_header import IndexHeader, read_index_header
 from ii_dist.data.shard_reader import PACK_AGAIN, ShardReader
+from ii_dist.data.substitute import allowed
+
+_log = logging.getLogger(__name__)
 
 # name -> (safetensors type, numpy type, shape after N). Wide types first: each column starts at a multiple of its size.
 COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
@@ -39,6 +43,15 @@ COLUMNS: dict[str, tuple[str, str, tuple[int, ...]]] = {
 MAX_SIDE, MAX_IMAGE_BYTES = 1 << 20, 1 << 30
 _CHECK_ALL_UP_TO = 2000
 _AGAIN = "make the index again with: python -m tools.index_dataset"
+
+
+class UnreadableFile(DataError):
+    """A file that the system cannot open or read. number: its errno; reason: the same in words; what: with the path."""
+
+    def __init__(self, path: str, index: Path, number: int, remedy: str) -> None:
+        self.number, self.reason = number, f"cannot be read ({os.strerror(number)})"
+        self.what = f"{path}: named by {index}, {self.reason}"
+        super().__init__(f"{self.what}; {remedy}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +141,8 @@ class Index:
         return path, int(self._offset[row])
 
     def read_bytes(self, row: int) -> NDArray[np.uint8]:
-        """The encoded image. Raises DataError, naming file and index, when it is missing or of another length."""
+        """The encoded image. Raises UnreadableFile where the system does not give it, DataError where it is of another
+        length: a changed file is another data set."""
         length, shard = int(self.length[row]), int(self._shard[row])
         if shard >= 0:
             return self._read_from_shard(shard, int(self._offset[row]), length)
@@ -142,7 +156,7 @@ class Index:
             finally:
                 os.close(file)
         except OSError as error:
-            raise DataError(f"{path}: named by {self.path}, cannot be read ({error.strerror}); {_AGAIN}") from None
+            raise UnreadableFile(path, self.path, error.errno or 0, _AGAIN) from None
         if found != length:
             raise DataError(f"{path}: has not the {length} bytes that {self.path} says; {_AGAIN}")
         return buffer[:length]
@@ -153,7 +167,7 @@ class Index:
         try:
             found = self.shards.read(shard, offset, buffer.data)
         except OSError as error:
-            raise DataError(f"{path}: named by {self.path}, cannot be read ({error.strerror}); {PACK_AGAIN}") from None
+            raise UnreadableFile(path, self.path, error.errno or 0, PACK_AGAIN) from None
         if found != length:
             raise DataError(f"{path}: ends before the {length:,} bytes at {offset:,} of {self.path}; {PACK_AGAIN}")
         return buffer
@@ -168,21 +182,27 @@ class Index:
         return path if self.is_alone(row) else f"{path} ({self.name(row)})"
 
 
-def check_files(index: Index, part: int = 0, parts: int = 1) -> None:
+def check_files(index: Index, part: int = 0, parts: int = 1, max_bad_share: float = 0.0) -> None:
     """Look whether what is indexed exists: all files of a few, an even sample of many, every shard and its size.
 
-    Raises DataError. part, parts: look at one of so many equal shares, so that all ranks together look once.
+    part, parts: look at one of so many equal shares, so that all ranks together look once. Raises DataError where a
+    shard is not as indexed, or where more files are missing than `max_bad_share` allows; fewer give way to other images
+    when their turn comes.
     """
     for shard in range(part, len(index.header.shards), parts):
         index.shards.check(shard)
     stride = -(-len(index) // _CHECK_ALL_UP_TO)
     rows = range(part * stride, len(index), parts * stride)
     missing = [row for row in rows if index.is_alone(row) and not Path(index.place(row)[0]).is_file()]
-    if missing:
-        raise DataError(
-            f"{index.place(missing[0])[0]}: named by {index.path}, does not exist "
-            f"({len(missing)} of {len(rows)} files looked for are missing); {_AGAIN}"
-        )
+    if not missing:
+        return
+    what = (
+        f"{index.place(missing[0])[0]}: named by {index.path}, does not exist "
+        f"({len(missing)} of {len(rows)} files looked for are missing)"
+    )
+    if len(missing) > allowed(len(rows), max_bad_share):
+        raise DataError(f"{what}; {_AGAIN}")
+    _log.warning("%s; data.max_bad_share allows it", what)
 
 
 def _map_columns(path: Path, header: IndexHeader, content: mmap.mmap) -> dict[str, NDArray[np.generic]]:

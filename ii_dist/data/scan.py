@@ -18,6 +18,7 @@ from ii_dist.config.errors import DataError
 from ii_dist.data.facts import examine_file
 from ii_dist.data.index import Row
 from ii_dist.data.journal import Journal
+from ii_dist.data.quarantine import Quarantine
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -77,19 +78,23 @@ def build_index(
     progress: Callable[[int, int], None] | None = None,
     workers: int = THREADS,
     journal: Journal | None = None,
+    quarantine: Quarantine | None = None,
 ) -> tuple[list[Row], tuple[str, ...]]:
     """Rows of all images below `folder`, paths relative to it, and the classes. Raises DataError.
 
     classes: those of the training split, so that labels agree; a folder of another name is then an error.
     progress: called with images done and images in all.
     journal: files that it knows are not read again, others are noted there.
+    quarantine: files that are left out.
     """
     names, files = list_images(folder, classes)
     rows: list[Row] = []
-    for row in in_parallel(lambda file: _row(folder, *file, journal), files, workers):
-        rows.append(row)
+    described = in_parallel(lambda file: _row(folder, file[0], file[1], journal, quarantine), files, workers)
+    for done, row in enumerate(described, start=1):
+        if row is not None:
+            rows.append(row)
         if progress:
-            progress(len(rows), len(files))
+            progress(done, len(files))
     return rows, names
 
 
@@ -118,17 +123,25 @@ def _images_below(folder: Path, name: str) -> Iterator[str]:
                 yield f"{inner}/{file}"
 
 
-def _row(folder: Path, path: str, label: int, journal: Journal | None) -> Row:
+def _row(folder: Path, path: str, label: int, journal: Journal | None, quarantine: Quarantine | None) -> Row | None:
+    """None for a file in quarantine."""
     if not path.isprintable():  # also a name that is not UTF-8
         raise DataError(f"{str(folder / path)!r}: cannot be indexed (its name is not printable text); rename this file")
+    if quarantine and quarantine.holds(path, None):
+        return None
     stat = _stat(folder / path) if journal else None
     facts = journal.find(path, stat) if journal and stat else None
+    known = facts is not None
     if facts is None:
         facts = examine_file(folder / path)
-        if facts.problem:
-            raise DataError(f"{folder / path}: cannot be indexed ({facts.problem}); remove or replace this file")
-        if journal and stat:
-            journal.add(path, stat, facts)
+    if quarantine and quarantine.holds(path, facts.sha256.hex()):
+        return None
+    if facts.problem:
+        raise DataError(
+            f"{folder / path}: cannot be indexed ({facts.problem}); list all bad files with: python -m tools.scan_dataset"
+        )
+    if journal and stat and not known:
+        journal.add(path, stat, facts)
     return Row(path, label, facts.width, facts.height, facts.length, facts.sha256)
 
 

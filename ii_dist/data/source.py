@@ -8,7 +8,7 @@ is exact for the same reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from ii_dist.config.schema import DataConfig
 from ii_dist.data.augment import EvalWindows, TrainWindows, eval_windows, train_windows
+from ii_dist.data.bad_files import BadFiles
 from ii_dist.data.digests import Outlook
 from ii_dist.data.mix import Mixing, draw_mixing, partners_of
 from ii_dist.data.positions import Position, Rows, Schedule
+from ii_dist.data.substitute import Picks
 
 if TYPE_CHECKING:  # annotations only: a config check or a tool imports this room without torch
     import torch
@@ -47,9 +49,13 @@ class Batch:
 class BatchSource(Protocol):
     """Batches of one rank. Every rank makes its own source and gets equally many batches; no rank waits for another."""
 
+    bad_files: BadFiles
+    """What could not be read in the batches handed out so far."""
+
     def __iter__(self) -> Iterator[Batch]:
         """From `position()` on. Training: micro-batches without end, from epoch to epoch. Evaluation: the rest of one
-        pass; the next `iter` starts a new pass. Raises DataError where an image cannot be read."""
+        pass; the next `iter` starts a new pass. Raises DataError where the data set changed or is out of reach; a
+        single file that cannot be read or decoded gives way to another one (`ii_dist.data.substitute`)."""
 
     def position(self) -> Position:
         """Where the next batch not yet handed out begins. Prefetched batches do not count. Costs nothing."""
@@ -91,6 +97,7 @@ class Request:
     threads: int
     index: Index | None = None
     mix_epochs: int = 0
+    bad_files: BadFiles = field(default_factory=BadFiles)
 
     def side(self, epoch: int) -> int:
         """Height and width of the images of an epoch, pixels."""
@@ -106,6 +113,12 @@ class Request:
         if rows.epoch >= self.mix_epochs:
             return None
         return draw_mixing(self.seed, rows.epoch, rows.index_N, self.side(rows.epoch), self.cfg.augment)
+
+    def picks(self, number: int) -> Picks:
+        """The rows of batch `number`, of which some may turn out to be bad."""
+        assert self.index is not None
+        index = self.index
+        return Picks(self.schedule.rows(number), self.seed, len(index), self.train, index.told)
 
     def windows(self, rows: Rows) -> TrainWindows | EvalWindows:
         """What is cut out of the images of one batch."""
@@ -141,7 +154,7 @@ class NumberedSource:
     """A `BatchSource`: counts batches and leaves their making to a producer. `also_close`: closed after that."""
 
     def __init__(self, request: Request, producer: Producer, also_close: Callable[[], None] | None = None) -> None:
-        self._request, self._schedule = request, request.schedule
+        self._request, self._schedule, self.bad_files = request, request.schedule, request.bad_files
         self._producer, self._also_close = producer, also_close
         self._number = 0
         producer.start(0)
@@ -149,6 +162,7 @@ class NumberedSource:
     def __iter__(self) -> Iterator[Batch]:
         while True:
             batch = self._producer.next()
+            self.bad_files.handed_out(self._number)
             self._number += 1
             last = self._number % self._schedule.batches_per_pass == 0
             yield batch
@@ -161,6 +175,7 @@ class NumberedSource:
     def seek(self, position: Position) -> None:
         self._number = self._schedule.number(position)
         self._producer.start(self._number)
+        self.bad_files.forget()
 
     def outlook(self) -> Outlook:
         return Outlook(self._request, self._number)

@@ -3,19 +3,16 @@
 In: a `Request`. Out: batches on the rank's device. Everything but the decoder is what the DALI reader does on the CPU.
 """
 
-import io
-
-import numpy as np
 import torch
-from PIL import Image
 
-from ii_dist.config.errors import DataError
 from ii_dist.data.ahead import Ahead
-from ii_dist.data.augment import TrainWindows
+from ii_dist.data.augment import EvalWindows, TrainWindows
+from ii_dist.data.content import Box, NotAnImage, decode
+from ii_dist.data.index import UnreadableFile
 from ii_dist.data.resample import Finisher
+from ii_dist.data.retry import PatientReader
 from ii_dist.data.source import Batch, Request, moved, pinned
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom
+from ii_dist.data.substitute import Picks
 
 
 class TorchProducer:
@@ -24,6 +21,7 @@ class TorchProducer:
     def __init__(self, request: Request) -> None:
         assert request.index is not None
         self._request, self._index = request, request.index
+        self._files = PatientReader(request.index, request.cfg.read_retries, request.bad_files.note_retry)
         self._finisher = Finisher(request)
         self._ahead: Ahead[Batch] | None = None
         self._first = 0
@@ -41,6 +39,7 @@ class TorchProducer:
         return moved(batch, self._request.device)
 
     def close(self) -> None:
+        self._files.close()
         self._stop()
         self._finisher.close()
 
@@ -50,30 +49,38 @@ class TorchProducer:
             self._ahead = None
 
     def _make(self, number: int) -> Batch:
-        rows = self._request.schedule.rows(number)
-        windows = self._request.windows(rows)
-
-        def decoded(i: int) -> torch.Tensor:
-            return self._decode(int(rows.index_N[i]), _box(windows, i) if isinstance(windows, TrainWindows) else None)
-
-        batch = self._finisher.batch(rows, windows, decoded)
+        picks = self._request.picks(number)
+        refused = -1
+        while len(picks.refused) > refused:  # made again, whole, with the next candidates
+            refused = len(picks.refused)
+            batch = self._attempt(picks)
+        self._request.bad_files.note(number, picks, self._index)
         if self._request.device == "cpu":
             return batch
         return pinned(batch)
 
-    def _decode(self, row: int, box: Box | None) -> torch.Tensor:
-        """Image `row`, or what lies in `box`: uint8, height x width x 3."""
-        content = self._index.read_bytes(row)
-        try:
-            with Image.open(io.BytesIO(content.data)) as file:
-                # Cut first: the conversion works pixel by pixel, and copies even what is RGB already.
-                image = (file.crop(box) if box else file).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error).splitlines()[0]
-            raise DataError(f"{self._index.place(row)[0]}: cannot be decoded ({reason})") from None
-        return torch.from_numpy(np.array(image))
+    def _attempt(self, picks: Picks) -> Batch:
+        """The batch as it is picked now. Good only if no place was refused meanwhile."""
+        rows = picks.rows
+        windows = self._request.windows(rows)
+
+        def decoded(i: int) -> torch.Tensor:
+            """Image i, or what its window holds: uint8, height x width x 3."""
+            if i not in picks.blank:
+                try:
+                    content = self._files.read(int(rows.index_N[i]))
+                    return torch.from_numpy(decode(content, _box(windows, i)))
+                except UnreadableFile as error:
+                    picks.refuse(i, error.reason)
+                except NotAnImage as error:
+                    picks.refuse(i, f"cannot be decoded ({error})", content)
+            return torch.zeros(1, 1, 3, dtype=torch.uint8)
+
+        return self._finisher.batch(rows, windows, decoded)
 
 
-def _box(windows: TrainWindows, i: int) -> Box:
+def _box(windows: TrainWindows | EvalWindows, i: int) -> Box | None:
+    if isinstance(windows, EvalWindows):
+        return None
     x, y = int(windows.x_N[i]), int(windows.y_N[i])
     return x, y, x + int(windows.width_N[i]), y + int(windows.height_N[i])

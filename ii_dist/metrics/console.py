@@ -93,6 +93,8 @@ def _training_words(values: Mapping[str, float]) -> list[str]:
         words.append(f"data wait {in_words_share(values['time/data_wait_share'])}")
     if values.get("train/skipped_updates"):
         words.append(f"{values['train/skipped_updates']:.0f} updates skipped (not finite)")
+    if values.get("data/substituted_images"):
+        words.append(f"{values['data/substituted_images']:.0f} bad images substituted")
     return words
 
 
@@ -104,6 +106,8 @@ def _evaluation_words(values: Mapping[str, float]) -> list[str]:
         words.append(f"loss {values['eval/loss']:.3f}")
     if "eval/images" in values and "eval/seconds" in values:
         words.append(f"{values['eval/images']:,.0f} images in {in_words_s(values['eval/seconds'])}")
+    if values.get("eval/left_out_images"):
+        words.append(f"{values['eval/left_out_images']:.0f} bad images left out")
     return words
 
 

@@ -51,6 +51,7 @@ _ROWS = (
     Tag("eval/top1", "%", "first", "Evaluation images whose likeliest class was right."),
     Tag("eval/top5", "%", "first", "Evaluation images whose class was among the five likeliest."),
     Tag("eval/images", "images", "first", "Images evaluated, each once."),
+    Tag("eval/left_out_images", "images", "first", "Images that could not be read or decoded: not evaluated."),
     Tag("eval/seconds", "s", "max", "Wall time of the evaluation."),
     Tag("throughput/images_per_s", "images/s", "first", "All ranks: training images over training wall time."),
     Tag(
@@ -61,6 +62,13 @@ _ROWS = (
     Tag("time/step_p99_s", "s", "max", "Wall time of a step, 99th percentile since the last line."),
     Tag("time/data_wait_share", "share", "mean", "Share of the training wall time spent waiting for the next batch."),
     Tag("time/checkpoint_stall_s", "s", "max", "Time that training stood still for saves since the last line."),
+    Tag(
+        "data/substituted_images",
+        "images",
+        "first",
+        "All ranks: bad training images since the last line, another one in the place of each.",
+    ),
+    Tag("data/read_retries", "reads", "first", "All ranks: reads tried again since the last line."),
     Tag("memory/rss_gib", "GiB", "max", "Memory that the process occupies on the host."),
     Tag("memory/device_gib", "GiB", "max", "Largest memory that tensors occupied on the GPU so far."),
     Tag("checkpoint/bytes", "bytes", "first", "Size of the committed step on disk, all shards."),

@@ -7,6 +7,7 @@ no pickle and also work, at once, without a group (one rank). Every rank must ca
 import datetime
 import logging
 import socket
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -103,6 +104,15 @@ def any_rank(flag: bool) -> bool:
     vote = torch.tensor([int(flag)])
     dist.all_reduce(vote, op=dist.ReduceOp.MAX)
     return bool(vote.item())
+
+
+def sum_over_ranks(values: Sequence[int]) -> list[int]:
+    """Each value's sum over all ranks, on every rank. All rows must have the same length. Collective; waits."""
+    if not dist.is_initialized():
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(sums)
+    return [int(value) for value in sums.tolist()]
 
 
 def all_gather_bytes(row: bytes, group: "ProcessGroup | None" = None) -> list[bytes]:

@@ -18,6 +18,7 @@ from ii_dist.data import make_eval_source
 from ii_dist.metrics import Summary, format_summary, read_summary, write_summary
 from ii_dist.models.table import format_models, model_rows
 from ii_dist.runtime import World, set_up_logging
+from ii_dist.train.bad_files import count_left_out, refuse_many
 from ii_dist.train.evaluate import evaluate
 from ii_dist.train.loop import fit
 from ii_dist.train.opening import build_engine, join, open_session
@@ -66,9 +67,12 @@ def evaluate_checkpoint(cfg: RunConfig, plan: Plan, world: World, path: Path) ->
         load_start(folder, start, engine)
         means = evaluate(engine, source, device, lambda: False)
         assert means is not None
+        left_out = count_left_out(source)
+        refuse_many(cfg, left_out, plan.eval_images, str(path))
+    without = f" ({left_out} bad ones left out)" if left_out else ""
     text = (
         f"step {start.step}: top-1 {means['top1']:.2f} %, top-5 {means['top5']:.2f} %, "
-        f"loss {means['loss']:.4f}, {means['images']:.0f} images"
+        f"loss {means['loss']:.4f}, {means['images']:.0f} images{without}"
     )
     return Outcome(EXIT_DONE, text if world.rank == 0 else "")
 

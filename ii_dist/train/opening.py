@@ -38,6 +38,7 @@ from ii_dist.runtime.group import close_group, open_group, pick_device
 from ii_dist.runtime.seeds import seed_init
 from ii_dist.runtime.stop import StopRequest, StopVote
 from ii_dist.train.agree import on_rank0
+from ii_dist.train.bad_files import BadFileLedger
 from ii_dist.train.resume import StartPoint, check_same_run, find_start, load_start, remember_index, seek_start
 from ii_dist.train.session import Results, Session
 from ii_dist.train.sharding_check import check_sharding
@@ -80,6 +81,8 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = Fa
         )
         stack.callback(board.close)
         _tell_start(cfg, plan, device, start, board)
+        bad_files = BadFileLedger(cfg, plan, folder, resumed_step, train_source)
+        stack.callback(bad_files.close)
         saver = _make_saver(cfg, plan, world, folder, lease, index.sha256 if index else "", stack)
         ballot = StopVote(stop)
         stack.callback(ballot.close)
@@ -98,6 +101,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = Fa
             means=RunningMeans(device),
             clock=StepClock(world_size=world.world_size, cold_steps=min(plan.steps_per_epoch, plan.total_steps // 4)),
             board=board,
+            bad_files=bad_files,
             saver=saver,
             watchdog=watchdog,
             ballot=ballot,

@@ -19,6 +19,7 @@ from ii_dist.metrics.memory import memory_tags
 from ii_dist.optim import learning_rate
 from ii_dist.runtime import Watchdog, World
 from ii_dist.runtime.stop import StopVote
+from ii_dist.train.bad_files import BadFileLedger, count_left_out, refuse_many
 from ii_dist.train.evaluate import evaluate
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Session:
     means: RunningMeans
     clock: StepClock
     board: Board
+    bad_files: BadFileLedger
     saver: Saver
     watchdog: Watchdog
     ballot: StopVote
@@ -80,8 +82,10 @@ class Session:
         tags = train_tags(means) | self.clock.read().tags() | memory_tags(self.device)
         tags["train/epoch"] = step / self.plan.steps_per_epoch
         tags["train/learning_rate"] = learning_rate(step - 1, self.cfg.optim, self.plan)
+        tags |= self.bad_files.tags(step)
         self._report_saves(self.saver.poll(), tags)
         self.board.write(step, tags)
+        self.bad_files.check()
         limit = self.cfg.train.max_skipped_in_a_row
         if means["skipped_in_row"] >= limit:
             raise ConfigError(
@@ -101,12 +105,15 @@ class Session:
         started_s = time.monotonic()
         with self.clock.pause():
             means = evaluate(self.engine, self.eval_source, self.device, interrupted)
+        left_out = count_left_out(self.eval_source, self.folder.quarantine)
         if means is None:
             logger.info("evaluation of step %d given up to stop; it is made again on resume", self.engine.step)
             return
         best = max(means["top1"], self.results.best_top1 or 0.0)
         self.results = Results(self.engine.step, means["top1"], means["top5"], best)
-        self.board.write(self.engine.step, eval_tags(means, time.monotonic() - started_s))
+        tags = eval_tags(means, time.monotonic() - started_s)
+        self.board.write(self.engine.step, tags | {"eval/left_out_images": float(left_out)})
+        refuse_many(self.cfg, left_out, self.plan.eval_images, "evaluation", self.folder.quarantine)
 
     def save(self) -> None:
         """Start saving this step in the background."""

@@ -12,7 +12,7 @@ def test_every_row_is_complete() -> None:
         assert tag.name == name
         assert tag.says.endswith(".")
         group, _, rest = name.partition("/")
-        assert group in {"train", "eval", "throughput", "time", "memory", "checkpoint"}
+        assert group in {"train", "eval", "throughput", "time", "data", "memory", "checkpoint"}
         assert rest
 
 
