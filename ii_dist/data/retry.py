@@ -86,7 +86,9 @@ class PatientReader:
             first, self._warned = not self._warned, True
         if first:
             _log.warning(
-                "%s; trying again up to %d times (data.read_retries); later ones are only counted", error.what, self._retries
+                "%s; trying again up to %d times (data.read_retries); later ones are only counted",
+                error.what,
+                self._retries,
             )
 
     def _count_outage(self, error: UnreadableFile) -> None:
@@ -95,6 +97,6 @@ class PatientReader:
             outage = self._given_up_in_a_row >= _OUTAGE_FILES
         if outage:
             raise DataError(
-                f"{error.what}; and so were the {_OUTAGE_FILES - 1} files before it, each tried {1 + self._retries} times: "
-                "the storage is not reachable; start the run again when it is"
+                f"{error.what}; and so were the {_OUTAGE_FILES - 1} files before it, each tried {1 + self._retries} "
+                "times: the storage is not reachable; start the run again when it is"
             )

@@ -138,7 +138,8 @@ def _row(folder: Path, path: str, label: int, journal: Journal | None, quarantin
         return None
     if facts.problem:
         raise DataError(
-            f"{folder / path}: cannot be indexed ({facts.problem}); list all bad files with: python -m tools.scan_dataset"
+            f"{folder / path}: cannot be indexed ({facts.problem}); all bad files are listed by: "
+            "python -m tools.scan_dataset"
         )
     if journal and stat and not known:
         journal.add(path, stat, facts)

@@ -1,20 +1,12 @@
 """Files that cannot be read or decoded: what takes their place, on any number of ranks, after any seek."""
 
 import hashlib
-import io
-import json
-import os
-import subprocess
-import sys
-import textwrap
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ii_dist.config import DataConfig, DataError
 from ii_dist.data import (
@@ -30,8 +22,8 @@ from ii_dist.data import (
 from ii_dist.data.bad_files import BadFiles, Counts
 from ii_dist.data.counter import key
 from ii_dist.data.index import check_files
-from ii_dist.data.quarantine import BadFile, Quarantine, append_quarantine, read_quarantine
 from ii_dist.data.positions import Rows
+from ii_dist.data.quarantine import BadFile
 from ii_dist.data.substitute import ALWAYS_ALLOWED, Picks, allowed, candidate
 from ii_dist.runtime import World
 from tests.images import make_image_folder, plan_of, run_config

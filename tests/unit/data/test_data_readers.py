@@ -1,7 +1,6 @@
 """The two readers of files: the right pixels, and one line that names a bad file."""
 
 import os
-import re
 import signal
 import subprocess
 import sys

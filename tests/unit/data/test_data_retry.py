@@ -163,7 +163,9 @@ def test_half_a_line_is_left_out_and_ended(tmp_path: Path) -> None:
         assert [each.path for each in read_quarantine(path)][-1] == "a/3.jpg"
 
 
-@pytest.mark.parametrize("text", ["a/1.jpg\n", '{"path": "a/1.jpg"}\n', "[1]\n", '{"split": 1, "path": "a", "reason": ""}\n'])
+@pytest.mark.parametrize(
+    "text", ["a/1.jpg\n", '{"path": "a/1.jpg"}\n', "[1]\n", '{"split": 1, "path": "a", "reason": ""}\n']
+)
 def test_another_kind_of_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "list.txt"
     path.write_text(text)
