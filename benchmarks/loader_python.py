@@ -73,13 +73,12 @@ def _preparing_ms(root: Path, turns: int) -> Iterator[float]:
 
 
 def _producing_ms(root: Path, turns: int) -> Iterator[float]:
-    from ii_dist.data import resample
+    from ii_dist.data import image_ops, resample
 
     with TemporaryDirectory() as folder:
         tiny = Path(folder)
         make_tiny_images(tiny)
-        name = "SERIAL_VALUES" if hasattr(resample, "SERIAL_VALUES") else "_SERIAL_VALUES"
-        with mock.patch.object(resample, name, getattr(resample, name) * TINY_SIDE**2 // SIDE**2):
+        with mock.patch.object(resample, "SERIAL_VALUES", image_ops.SERIAL_VALUES * TINY_SIDE**2 // SIDE**2):
             source = our_source(tiny, "dali", True, BATCH, TINY_SIDE)
             batches = iter(source)
             _drop(batches)

@@ -55,7 +55,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = Fa
         stop.listen()
         stack.callback(stop.close)
         device = join(cfg, world, stack)
-        lease = _own_folder(cfg, plan, world, folder, new_config, stack)
+        lease = _own_folder(cfg, world, folder, new_config, stack)
         train_source, eval_source = _open_sources(cfg, plan, world, device, stack)
         start = find_start(folder, world)
         index = _train_index(cfg)
@@ -63,6 +63,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = Fa
         if start is not None:
             check_same_run(folder, start, plan, index)
         remember_index(folder, index, world)
+        on_rank0(world, lambda: _write_plan(folder, plan))
         engine = build_engine(cfg, plan, world, device)
         stack.callback(engine.close)
         if start is not None:
@@ -125,9 +126,9 @@ def join(cfg: RunConfig, world: World, stack: contextlib.ExitStack) -> torch.dev
 
 
 def _own_folder(
-    cfg: RunConfig, plan: Plan, world: World, folder: RunFolder, new_config: bool, stack: contextlib.ExitStack
+    cfg: RunConfig, world: World, folder: RunFolder, new_config: bool, stack: contextlib.ExitStack
 ) -> Lease | None:
-    """Rank 0 takes the lease and writes config.yaml and plan.json; all ranks fail with it."""
+    """Rank 0 takes the lease and writes config.yaml; all ranks fail with it."""
     taken: list[Lease] = []
 
     def own() -> str:
@@ -135,11 +136,15 @@ def _own_folder(
         stack.callback(lease.release)
         taken.append(lease)
         _write_config(cfg, folder, new_config)
-        replace_file(folder.plan, (json.dumps(dataclasses.asdict(plan), indent=2) + "\n").encode())
         return ""
 
     on_rank0(world, own)
     return taken[0] if taken else None
+
+
+def _write_plan(folder: RunFolder, plan: Plan) -> str:
+    replace_file(folder.plan, (json.dumps(dataclasses.asdict(plan), indent=2) + "\n").encode())
+    return ""
 
 
 def _write_config(cfg: RunConfig, folder: RunFolder, new_config: bool) -> None:

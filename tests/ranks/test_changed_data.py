@@ -49,6 +49,7 @@ def test_resume_on_other_images_is_refused_in_words(tmp_path: Path) -> None:
     remembered = json.loads((tmp_path / "runs" / "run" / "index.json").read_text())
     assert (remembered["images"], remembered["classes"]) == (12, ["class_00", "class_01"])
 
+    plan = (tmp_path / "runs" / "run" / "plan.json").read_bytes()
     gone = data / "train" / "class_01" / "00003.jpg"
     gone.unlink()
     index_again(data)
@@ -57,3 +58,4 @@ def test_resume_on_other_images_is_refused_in_words(tmp_path: Path) -> None:
     line = said.splitlines()[-1]
     assert "12 images then, 11 now (1 removed); another number of images in class class_01 (6 then, 5 now)" in line
     assert "restore data.root or give the run another name" in line
+    assert (tmp_path / "runs" / "run" / "plan.json").read_bytes() == plan
