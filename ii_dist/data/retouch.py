@@ -69,8 +69,8 @@ class Retouch:
 
 
 class Touches:
-    """What happens to the images of one batch. Methods that take `i` work on the CPU, in any thread, `changed_all` and
-    `erase_all` on any device."""
+    """What happens to the images of one batch. Methods that take `i` work on the CPU, in any thread; `changed_all` and
+    `erase_all` work on any device."""
 
     def __init__(
         self, drawn: Operations, erased: EraseWindows | None, fill_C: torch.Tensor, noise: torch.Tensor | None
@@ -110,7 +110,10 @@ class Touches:
             part.copy_(noise)
 
     def changed_all(self, images_NCHW: torch.Tensor) -> torch.Tensor:
-        """A copy of all images, mirrored already, changed: each operation once for those that get it, in each step."""
+        """All images, mirrored already, after their operations; in each step an operation runs once, for those that get
+        it. The argument stays as it was."""
+        if not self._drawn.op_KN.any():
+            return images_NCHW
         images_NCHW = images_NCHW.clone()
         order_KN = np.argsort(self._drawn.op_KN, axis=1, kind="stable")
         operand_KN6 = operands(self._drawn, images_NCHW.shape[-1])
