@@ -72,15 +72,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = Fa
             seek_start(train_source, start)
         check_sharding(cfg, plan, world, train_source, eval_source)
         resumed_step = start.step if start is not None else 0
-        board = make_boards(
-            cfg.metrics.boards,
-            folder,
-            rank=world.rank,
-            world_size=world.world_size,
-            total_steps=plan.total_steps,
-            resumed_step=resumed_step,
-        )
-        stack.callback(board.close)
+        board = _open_board(cfg, plan, world, folder, resumed_step, stack)
         _tell_start(cfg, plan, device, start, board)
         bad_files = BadFileLedger(cfg, plan, folder, resumed_step, train_source)
         stack.callback(bad_files.close)
@@ -181,6 +173,21 @@ def build_engine(cfg: RunConfig, plan: Plan, world: World, device: torch.device)
         model,
         EngineParts(cfg.engine, cfg.optim, plan, device, cfg.seed, world.rank, cfg.data.side_of_epoch(0)),
     )
+
+
+def _open_board(
+    cfg: RunConfig, plan: Plan, world: World, folder: RunFolder, resumed_step: int, stack: contextlib.ExitStack
+) -> Board:
+    board = make_boards(
+        cfg.metrics.boards,
+        folder,
+        rank=world.rank,
+        world_size=world.world_size,
+        total_steps=plan.total_steps,
+        resumed_step=resumed_step,
+    )
+    stack.callback(board.close)
+    return board
 
 
 def _make_saver(

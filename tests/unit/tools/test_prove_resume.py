@@ -18,15 +18,18 @@ ROOT = Path(__file__).resolve().parents[3]
 CLASSES, PER_CLASS = 3, 20  # 60 images, 5 steps of 12 an epoch
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prove")
+def write_config(folder: Path) -> Path:
     make_data_set(folder / "set", CLASSES, PER_CLASS, 2, (40, 30))
     (folder / "run.yaml").write_text(
         f"name: x\ndata: {{root: {folder}/set, image_size: 16, eval_image_size: 16, eval_resize: 16}}\n"
         "optim: {warmup_epochs: 0}\ntrain: {epochs: 4, global_batch: 12}\nengine: {device: cpu}\n"
     )
     return folder / "run.yaml"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("prove"))
 
 
 def proof(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -63,6 +66,16 @@ def test_as_a_command_with_progress_on_stderr(config: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: train.global_batch 12: does not divide over 5 ranks")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("source", ["dali", "torch"])
+def test_bad_files_give_way_to_the_same_images(tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str) -> None:
+    config = write_config(tmp_path)
+    for path in sorted((tmp_path / "set" / "train").rglob("*.jpg"))[::15]:
+        path.write_bytes(bytes(path.stat().st_size))
+    arguments = (config, "--steps=5", "--json", f"data.source={source}", "data.max_bad_share=0.5")
+    found = json.loads(proof(capsys, *arguments))
+    assert (found["ok"], found["images"], found["bad_files"]) == (True, 120, 8)  # 4 of 60 in each of two whole epochs
 
 
 def refusal(config: Path, *arguments: str) -> str:
