@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from ii_dist.config import DataError, Plan, RunConfig, RunFolder
 from ii_dist.data import BatchSource
@@ -48,7 +49,10 @@ class BadFileLedger:
         for epoch in [epoch for epoch in self._replaced if epoch < self._epoch(self._step)]:
             del self._replaced[epoch]
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Write down what came up since the last line of numbers."""
         write_down(self._list, self._record.take().new)
 

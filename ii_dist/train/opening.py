@@ -74,8 +74,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = Fa
         resumed_step = start.step if start is not None else 0
         board = _open_board(cfg, plan, world, folder, resumed_step, stack)
         _tell_start(cfg, plan, device, start, board)
-        bad_files = BadFileLedger(cfg, plan, folder, resumed_step, train_source)
-        stack.callback(bad_files.close)
+        ledger = stack.enter_context(BadFileLedger(cfg, plan, folder, resumed_step, train_source))
         saver = _make_saver(cfg, plan, world, folder, lease, index.sha256 if index else "", stack)
         ballot = StopVote(stop)
         stack.callback(ballot.close)
@@ -94,7 +93,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = Fa
             means=RunningMeans(device),
             clock=StepClock(world_size=world.world_size, cold_steps=min(plan.steps_per_epoch, plan.total_steps // 4)),
             board=board,
-            bad_files=bad_files,
+            bad_files=ledger,
             saver=saver,
             watchdog=watchdog,
             ballot=ballot,

@@ -149,6 +149,16 @@ def test_threads_and_prefetch_change_nothing(
     assert all(same(a, b) for a, b in zip(found, expected[:8], strict=True))
 
 
+def test_policies_and_mixing_follow_the_substitutes(bad: Path, reader: str, expected: list[Batch]) -> None:
+    augment = {"policy": "trivialaugment", "colour_jitter": [0.4, 0.4, 0.4, 0.1], "erase_probability": 0.5}
+    augment |= {"mixup_alpha": 0.4, "cutmix_alpha": 1.0}
+    cfg = config(bad, reader, augment=augment)
+    alone, shared = (steps(train_sources(cfg, world_size), 4) for world_size in (1, 2))
+    assert all(same(a, b) for a, b in zip(alone, shared, strict=True))
+    assert all(torch.equal(a.index_N, b.index_N) for a, b in zip(alone, expected[:4], strict=True))
+    assert not torch.equal(alone[0].images_NCHW, expected[0].images_NCHW)
+
+
 def test_a_resumed_run_sees_the_same_images(bad: Path, reader: str, expected: list[Batch]) -> None:
     sources = train_sources(config(bad, reader), 2)
     iterators = [iter(source) for source in sources]
