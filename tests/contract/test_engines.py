@@ -287,7 +287,7 @@ def test_deepspeed_is_quiet(make_engine: MakeEngine, capfd: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
 def test_optimizers_are_those_of_ddp(make_engine: MakeEngine, name: str, stage: int) -> None:
     """The same names with the same values: what one engine saved, another goes on from."""
     optim: dict[str, object] = {"optimizer": name, "lr": 0.01, "weight_decay": 0.1}
@@ -303,7 +303,7 @@ def test_optimizers_are_those_of_ddp(make_engine: MakeEngine, name: str, stage: 
     assert all(torch.equal(tensor, state[n]) for n, tensor in zero.state().whole().items())
     one, two = ddp.train_step([images(5)]), zero.train_step([images(5)])
     assert one["loss"].item() == pytest.approx(two["loss"].item(), rel=1e-6)
-    if name == "adamw":
+    if name in ("adamw", "lamb"):
         assert state["optimizer.4.weight.step"].item() == 4
         odd = state | {"optimizer.4.weight.step": torch.tensor(3.0)}
         if stage:

@@ -69,11 +69,13 @@ def my_images(step: int, world: World, accumulate: int) -> list[Images]:
     return [Images(*parts) for parts in zip(*mine, strict=True)]
 
 
-def build(row: dict[str, object], world: World, seed: int = 0) -> Engine:
+def build(row: dict[str, object], world: World, seed: int = 0, **optim: object) -> Engine:
     cfg = RunConfig(
         name="x",
         engine=EngineConfig.model_validate({"device": "cpu", "ema_half_life_epochs": 0.5, **row}),
-        optim=OptimConfig(lr=0.1, lr_reference_batch=0, warmup_epochs=1, weight_decay=0.01),
+        optim=OptimConfig.model_validate(
+            {"lr": 0.1, "lr_reference_batch": 0, "warmup_epochs": 1, "weight_decay": 0.01, **optim}
+        ),
         train=TrainConfig(global_batch=BATCH, max_images_per_rank=BATCH // world.world_size // 2, epochs=8),
     )
     plan = make_plan(cfg, world.world_size, DataFacts(4 * BATCH, 8, CLASSES))
@@ -161,6 +163,30 @@ def move(row: dict[str, object], world: World, folder: Path) -> dict[str, Any]:
     return seen
 
 
+def compare_optimizers(world: World) -> dict[str, Any]:
+    """With each other optimizer: losses of every engine, and what of DDP's state one does not take over bit for bit."""
+    seen: dict[str, Any] = {}
+    for name in ("adamw", "lars", "lamb"):
+        optim: dict[str, object] = {"optimizer": name, "lr": 0.01, "trust_coefficient": 1.0, "clip_norm": 1.0}
+        curves: dict[str, list[float]] = {}
+        for row_name, row in MAIN.items():
+            engine = build(row, world, **optim)
+            curves[row_name] = [train_one(engine, my_images(step, world, 2))["loss"] for step in range(8)]
+            if row_name == "ddp":
+                of_ddp = EngineState(engine.state().whole(), engine.state().scalars)
+            engine.load_state(of_ddp)
+            mine = engine.state().whole()
+            wrong = [n for n, tensor in of_ddp.tensors.items() if bits(mine[n]) != bits(tensor)]
+            curves[row_name].append(train_one(engine, my_images(8, world, 2))["loss"])
+            engine.close()
+            seen[f"{name} {row_name}"] = {
+                "losses": curves[row_name],
+                "wrong": wrong,
+                "same": mine.keys() == of_ddp.tensors.keys(),
+            }
+    return seen
+
+
 def collects(world: World) -> bool:
     """Whether numbers that sums would change (-0.0, NaNs with a message) come through, also from empty stretches."""
     odd = torch.tensor([[-(2**31), 0x7FC00001], [1, -1], [2**31 - 1, 0], [-0x800000, -(2**31)]], dtype=torch.int32)
@@ -187,6 +213,7 @@ def main() -> None:
         seen["trained"] = {
             n: train_and_save(row, world, RunFolder(folder / n)) for n, row in (MAIN | OFFLOADED).items()
         }
+        seen["optimizers"] = compare_optimizers(world)
     targets = MAIN | OFFLOADED if world.world_size == 2 else MAIN
     seen["moved"] = {name: move(row, world, folder) for name, row in targets.items()}
     close_group()

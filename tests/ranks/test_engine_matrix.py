@@ -48,6 +48,18 @@ def test_a_non_finite_gradient_on_one_rank_is_left_out_on_all(
     assert trained[row]["back"]["loss"] == pytest.approx(trained["ddp"]["back"]["loss"], abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["adamw", "lars", "lamb"])
+def test_other_optimizers_agree(worlds: tuple[Path, dict[int, dict[str, Any]]], name: str) -> None:
+    """LARS and LAMB look at whole layers, of which a rank of ZeRO has only pieces."""
+    seen = worlds[1][2]["optimizers"]
+    expected = seen[f"{name} ddp"]["losses"]
+    assert len(set(expected)) == 9
+    for row in MAIN:
+        mine = seen[f"{name} {row}"]
+        assert mine["losses"] == pytest.approx(expected, abs=2e-6, rel=0), row
+        assert (mine["wrong"], mine["same"]) == ([], True)
+
+
 @pytest.mark.parametrize(("ranks", "target"), [*product((1, 2, 3, 4), MAIN), *product((2,), OFFLOADED)])
 def test_state_moves_bit_for_bit(worlds: tuple[Path, dict[int, dict[str, Any]]], ranks: int, target: str) -> None:
     moved = worlds[1][ranks]["moved"][target]
