@@ -125,9 +125,8 @@ class Partitions:
             return
         for flat in range(len(self.keys)):
             self._zero._reassign_or_swap_out_partitioned_parameters(flat)
-        if kept := self._zero.persistent_parameters:  # small ones stay gathered from step to step
+        if kept := self._zero.persistent_parameters:  # small ones stay gathered from step to step: gather them anew
             kept[0].partition(kept)
-            kept[0].all_gather(kept)
 
     def _cut(self, name: str, flat: Tensor) -> Scattered:
         piece = self._pieces[name]

@@ -20,6 +20,7 @@ from ii_dist.checkpoint import CheckpointStore, RunFacts, Saver, load_step, read
 from ii_dist.config import DataFacts, EngineConfig, OptimConfig, RunConfig, RunFolder, TrainConfig, make_plan
 from ii_dist.config.schema import CheckpointConfig
 from ii_dist.engine import Engine, EngineParts, EngineState, make_engine
+from ii_dist.models.compat import ensure_torchvision
 from ii_dist.runtime import World
 from ii_dist.runtime.group import any_rank, close_group, open_group
 from ii_dist.runtime.scattered import Scattered
@@ -164,7 +165,8 @@ def move(row: dict[str, object], world: World, folder: Path) -> dict[str, Any]:
 
 
 def compare_optimizers(world: World) -> dict[str, Any]:
-    """With each other optimizer: losses of every engine, and what of DDP's state one does not take over bit for bit."""
+    """With each of the others: losses of every engine, and what of DDP's state it does not take over bit for bit."""
+    ensure_torchvision()  # timm's optimizers cannot be imported without
     seen: dict[str, Any] = {}
     for name in ("adamw", "lars", "lamb"):
         optim: dict[str, object] = {"optimizer": name, "lr": 0.01, "trust_coefficient": 1.0, "clip_norm": 1.0}
