@@ -18,12 +18,14 @@ from torch import nn
 
 from ii_dist.checkpoint import CheckpointStore, RunFacts, Saver, load_step, read_manifest
 from ii_dist.config import DataFacts, EngineConfig, OptimConfig, RunConfig, RunFolder, TrainConfig, make_plan
-from ii_dist.config.schema import CheckpointConfig
+from ii_dist.config.schema import CheckpointConfig, ModelConfig
 from ii_dist.engine import Engine, EngineParts, EngineState, make_engine
+from ii_dist.models import create_model
 from ii_dist.models.compat import ensure_torchvision
 from ii_dist.runtime import World
 from ii_dist.runtime.group import any_rank, close_group, open_group
 from ii_dist.runtime.scattered import Scattered
+from ii_dist.runtime.seeds import seed_init
 
 MAIN: dict[str, dict[str, object]] = {
     "ddp": {"kind": "ddp"},
@@ -71,6 +73,10 @@ def my_images(step: int, world: World, accumulate: int) -> list[Images]:
 
 
 def build(row: dict[str, object], world: World, seed: int = 0, **optim: object) -> Engine:
+    return make_engine(network(seed), parts_of(row, world, **optim))
+
+
+def parts_of(row: dict[str, object], world: World, **optim: object) -> EngineParts:
     cfg = RunConfig(
         name="x",
         engine=EngineConfig.model_validate({"device": "cpu", "ema_half_life_epochs": 0.5, **row}),
@@ -81,8 +87,7 @@ def build(row: dict[str, object], world: World, seed: int = 0, **optim: object) 
     )
     plan = make_plan(cfg, world.world_size, DataFacts(4 * BATCH, 8, CLASSES))
     assert plan.accumulate_steps == 2
-    parts = EngineParts(cfg.engine, cfg.optim, plan, torch.device("cpu"), seed=3, rank=world.rank, image_size=8)
-    return make_engine(network(seed), parts)
+    return EngineParts(cfg.engine, cfg.optim, plan, torch.device("cpu"), seed=3, rank=world.rank, image_size=8)
 
 
 def train_one(engine: Engine, batches: list[Images]) -> dict[str, float]:
@@ -190,6 +195,19 @@ def compare_optimizers(world: World) -> dict[str, Any]:
     return seen
 
 
+def train_inner_imaging(world: World) -> dict[str, list[float]]:
+    """Losses of a network whose lenses read weights of other modules than the one at work, as ZeRO 3 must notice."""
+    found = {}
+    for name in ("ddp", "zero3"):
+        seed_init(0)
+        model = create_model(ModelConfig(network="ini_resnet20", gate="fold3x3", zero_init_last=False), CLASSES)
+        engine = make_engine(model, parts_of(MAIN[name], world))
+        found[name] = [train_one(engine, my_images(step, world, 2))["loss"] for step in range(2)]
+        found[name].append(evaluate(engine, world))
+        engine.close()
+    return found
+
+
 def collects(world: World) -> bool:
     """Whether numbers that sums would change (-0.0, NaNs with a message) come through, also from empty stretches."""
     odd = torch.tensor([[-(2**31), 0x7FC00001], [1, -1], [2**31 - 1, 0], [-0x800000, -(2**31)]], dtype=torch.int32)
@@ -216,6 +234,7 @@ def main() -> None:
         seen["trained"] = {
             n: train_and_save(row, world, RunFolder(folder / n)) for n, row in (MAIN | OFFLOADED).items()
         }
+        seen["inner_imaging"] = train_inner_imaging(world)
         seen["optimizers"] = compare_optimizers(world)
     targets = MAIN | OFFLOADED if world.world_size == 2 else MAIN
     seen["moved"] = {name: move(name, row, world, folder) for name, row in targets.items()}
