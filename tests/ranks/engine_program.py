@@ -20,8 +20,6 @@ from ii_dist.checkpoint import CheckpointStore, RunFacts, Saver, load_step, read
 from ii_dist.config import DataFacts, EngineConfig, OptimConfig, RunConfig, RunFolder, TrainConfig, make_plan
 from ii_dist.config.schema import CheckpointConfig, ModelConfig
 from ii_dist.engine import Engine, EngineParts, EngineState, make_engine
-from ii_dist.models import create_model
-from ii_dist.models.compat import ensure_torchvision
 from ii_dist.runtime import World
 from ii_dist.runtime.group import any_rank, close_group, open_group
 from ii_dist.runtime.scattered import Scattered
@@ -172,6 +170,8 @@ def move(name: str, row: dict[str, object], world: World, folder: Path) -> dict[
 
 def compare_optimizers(world: World) -> dict[str, Any]:
     """With each of the others: losses of every engine, and what of DDP's state it does not take over bit for bit."""
+    from ii_dist.models.compat import ensure_torchvision
+
     ensure_torchvision()  # timm's optimizers cannot be imported without
     seen: dict[str, Any] = {}
     for name in ("adamw", "lars", "lamb"):
@@ -197,6 +197,8 @@ def compare_optimizers(world: World) -> dict[str, Any]:
 
 def train_inner_imaging(world: World) -> dict[str, list[float]]:
     """Losses of a network whose lenses read weights of other modules than the one at work, as ZeRO 3 must notice."""
+    from ii_dist.models import create_model  # here, for it takes as long to import as all the rest
+
     found = {}
     for name in ("ddp", "zero3"):
         seed_init(0)
