@@ -95,7 +95,6 @@ def mean_over_ranks(seconds: float) -> float:
 def measure(run: Session, model: nn.Module, batch: Batch, steps: int, turns: int) -> dict[str, float]:
     """Median CPU seconds a step of the trainer, the plain loop and its twin, and the ratios of each turn."""
     parts = EngineParts(run.cfg.engine, run.cfg.optim, run.plan, run.device, rank=run.world.rank, image_size=SIDE)
-    run.engine.close()
     run.engine = make_engine(copy.deepcopy(model), parts)
     run.train_source = OneBatch(batch)
     if run.cfg.engine.kind == "ddp":

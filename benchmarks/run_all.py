@@ -13,7 +13,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-PARTS = ("loader", "step", "startup", "models")
+PARTS = ("loader", "step", "ranks", "startup", "models")
 RESULTS = Path("benchmarks/results")
 
 

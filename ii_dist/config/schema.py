@@ -29,7 +29,7 @@ ImageDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 IMAGE_DTYPES: dict[str, ImageDtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """engine.precision -> the type that it computes in, as data.image_dtype names it."""
-WHOLE_TENSOR_OPTIMIZERS = ("lamb", "lars", "muon")
+WHOLE_TENSOR_OPTIMIZERS = ("muon",)
 """Values of optim.optimizer that ZeRO stages 1-3 cannot serve: they cut tensors into pieces."""
 
 

@@ -22,6 +22,8 @@ from ii_dist.engine.partitions import Partitions, take_template
 from ii_dist.engine.states import check_fits, loaded_tensors
 from ii_dist.engine.step_engine import EngineParts, StepEngine
 from ii_dist.engine.whole_engine import WholeEngine
+from ii_dist.optim import ON_PIECES, PieceOptimizer
+from ii_dist.runtime.group import add_over_ranks
 from ii_dist.runtime.world import tell_libraries
 
 _BUCKET_ELEMENTS = 1 << 23
@@ -64,6 +66,9 @@ class ZeroEngine(StepEngine):
 
     def __init__(self, model: nn.Module, parts: EngineParts, deepspeed: Any) -> None:
         super().__init__(model, parts, torch.contiguous_format)
+        on_pieces = ON_PIECES.get(parts.optim.optimizer)
+        if on_pieces is not None:
+            self._optimizer = on_pieces(self._optimizer)
         shapes = {name: tensor.shape for name, tensor in self._module.state_dict().items()}
         template = take_template(self._optimizer)
         self._run = DeepSpeedRun(self._module, self._optimizer, parts, deepspeed)
@@ -71,6 +76,8 @@ class ZeroEngine(StepEngine):
         stage = parts.engine.zero_stage
         self._partitions = Partitions(self._module, self._zero_optimizer, stage, self._optimizer)
         self._partitions.start_state(template)
+        if isinstance(self._optimizer, PieceOptimizer):
+            self._optimizer.cuts, self._optimizer.sum_over_ranks = self._partitions.cuts(), add_over_ranks
         self._shapes = shapes
         self._ema_share = 1.0 - parts.plan.ema_decay
         self._averages = [flat.clone() for flat in self._partitions.flats] if parts.plan.ema_decay else []

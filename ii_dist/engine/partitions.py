@@ -81,6 +81,13 @@ class Partitions:
                     found[f"optimizer.{name}.{what}"] = self._cut(name, value) if value.shape == key.shape else value
         return found
 
+    def cuts(self) -> dict[Tensor, list[tuple[int, int]]]:
+        """Of each vector: this rank's piece (start, count) of each parameter, in the same order on every rank."""
+        found: dict[Tensor, list[tuple[int, int]]] = {key: [] for key in self.keys}
+        for piece in self._pieces.values():
+            found[self.keys[piece.flat]].append((piece.start, piece.count))
+        return found
+
     @torch.no_grad()
     def fill(self, flats: list[Tensor], prefix: str, saved: Mapping[str, Tensor]) -> None:
         """Take this rank's stretches of `<prefix>.<name>` over into vectors laid out like `flats`."""
@@ -118,9 +125,8 @@ class Partitions:
             return
         for flat in range(len(self.keys)):
             self._zero._reassign_or_swap_out_partitioned_parameters(flat)
-        if kept := self._zero.persistent_parameters:  # small ones stay gathered from step to step
+        if kept := self._zero.persistent_parameters:  # small ones stay gathered from step to step: gather them anew
             kept[0].partition(kept)
-            kept[0].all_gather(kept)
 
     def _cut(self, name: str, flat: Tensor) -> Scattered:
         piece = self._pieces[name]

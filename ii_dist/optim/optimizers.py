@@ -14,7 +14,7 @@ from ii_dist.config.schema import OptimConfig
 from ii_dist.optim.groups import param_groups
 
 LAYER_WISE = ("lamb", "lars", "muon")
-"""Optimizers whose update of a tensor needs the whole tensor: not for engines that cut tensors into pieces."""
+"""Optimizers whose update of a tensor needs the whole tensor; `ON_PIECES` has those that can do without."""
 
 
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:

@@ -115,6 +115,13 @@ def sum_over_ranks(values: Sequence[int]) -> list[int]:
     return [int(value) for value in sums.tolist()]
 
 
+def add_over_ranks(numbers: torch.Tensor) -> torch.Tensor:
+    """`numbers`, overwritten by their sum over all ranks. Collective."""
+    if dist.is_initialized():
+        dist.all_reduce(numbers)
+    return numbers
+
+
 def all_gather_bytes(row: bytes, group: "ProcessGroup | None" = None) -> list[bytes]:
     """Every rank's `row`, in rank order. All rows must have the same length. Collective; waits; gloo on CPU."""
     if not dist.is_initialized():

@@ -11,7 +11,7 @@ from ii_dist.config import DataFacts, EngineConfig, OptimConfig, RunConfig, Trai
 from ii_dist.config.schema import WHOLE_TENSOR_OPTIMIZERS
 from ii_dist.engine import EngineParts, EngineState, make_engine
 from ii_dist.models.compat import ensure_torchvision
-from ii_dist.optim import LAYER_WISE, OPTIMIZERS, make_optimizer, set_learning_rate, takes_found_inf
+from ii_dist.optim import LAYER_WISE, ON_PIECES, OPTIMIZERS, make_optimizer, set_learning_rate, takes_found_inf
 from tests.contract.test_engines import CLASSES, images, network
 
 ensure_torchvision()  # timm's optimizers cannot be imported without
@@ -154,7 +154,7 @@ def test_who_can_be_left_out_on_the_device_and_who_needs_whole_tensors() -> None
         if takes_found_inf(make_optimizer(network(), OptimConfig.model_validate({"optimizer": n})))
     }
     assert fused == {"sgd", "adamw"}
-    assert set(LAYER_WISE) == set(WHOLE_TENSOR_OPTIMIZERS) == set(OPTIMIZERS) - fused
+    assert set(LAYER_WISE) == set(WHOLE_TENSOR_OPTIMIZERS) | set(ON_PIECES) == set(OPTIMIZERS) - fused
 
 
 def test_a_layers_own_share_of_the_rate_is_kept() -> None:

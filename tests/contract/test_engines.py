@@ -27,6 +27,9 @@ from ii_dist.config import (
 )
 from ii_dist.engine import ENGINES, Engine, EngineParts, EngineState
 from ii_dist.engine import make_engine as make_engine_of_kind
+from ii_dist.models.compat import ensure_torchvision
+
+ensure_torchvision()  # timm's optimizers cannot be imported without
 
 CLASSES = 7
 ROWS: dict[str, dict[str, object]] = {
@@ -244,11 +247,14 @@ def test_evaluation_counts_weights_and_changes_nothing(make_engine: MakeEngine, 
 def test_average_follows_its_half_life(make_engine: MakeEngine, row: dict[str, object]) -> None:
     engine = make_engine(network(), parts(engine={**row, "ema_half_life_epochs": 0.5}))
     decay = 0.5 ** (1 / 2)  # four steps an epoch, half an epoch to half the weight
-    expected = network().state_dict()["4.weight"].clone()
+    names = ("4.weight", "1.running_var")
+    expected = {name: network().state_dict()[name].clone() for name in names}
     for step in range(4):
         engine.train_step([images(step)])
-        expected = decay * expected + (1 - decay) * engine.state().whole()["model.4.weight"]
-    torch.testing.assert_close(engine.state().whole()["ema.4.weight"], expected)
+        now = engine.state().whole()
+        expected = {n: decay * average + (1 - decay) * now[f"model.{n}"] for n, average in expected.items()}
+    for name in names:
+        torch.testing.assert_close(now[f"ema.{name}"], expected[name])
 
 
 @every_row
@@ -268,6 +274,8 @@ def test_the_average_is_evaluated_and_training_goes_on(make_engine: MakeEngine, 
         expected = F.cross_entropy(logits, images(9).labels_N, reduction="sum").item()
         assert mine == pytest.approx([expected, expected], rel=1e-6)
         assert all(torch.equal(t, saved[n]) for n, t in undisturbed.state().whole().items())
+        engine.begin_eval()
+        engine.eval_step(images(9))  # the next step begins right after an evaluation
 
 
 def test_deepspeed_missing_is_one_line(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +295,7 @@ def test_deepspeed_is_quiet(make_engine: MakeEngine, capfd: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
 def test_optimizers_are_those_of_ddp(make_engine: MakeEngine, name: str, stage: int) -> None:
     """The same names with the same values: what one engine saved, another goes on from."""
     optim: dict[str, object] = {"optimizer": name, "lr": 0.01, "weight_decay": 0.1}
@@ -303,7 +311,7 @@ def test_optimizers_are_those_of_ddp(make_engine: MakeEngine, name: str, stage: 
     assert all(torch.equal(tensor, state[n]) for n, tensor in zero.state().whole().items())
     one, two = ddp.train_step([images(5)]), zero.train_step([images(5)])
     assert one["loss"].item() == pytest.approx(two["loss"].item(), rel=1e-6)
-    if name == "adamw":
+    if name in ("adamw", "lamb"):
         assert state["optimizer.4.weight.step"].item() == 4
         odd = state | {"optimizer.4.weight.step": torch.tensor(3.0)}
         if stage:

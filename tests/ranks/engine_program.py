@@ -18,11 +18,12 @@ from torch import nn
 
 from ii_dist.checkpoint import CheckpointStore, RunFacts, Saver, load_step, read_manifest
 from ii_dist.config import DataFacts, EngineConfig, OptimConfig, RunConfig, RunFolder, TrainConfig, make_plan
-from ii_dist.config.schema import CheckpointConfig
+from ii_dist.config.schema import CheckpointConfig, ModelConfig
 from ii_dist.engine import Engine, EngineParts, EngineState, make_engine
 from ii_dist.runtime import World
 from ii_dist.runtime.group import any_rank, close_group, open_group
 from ii_dist.runtime.scattered import Scattered
+from ii_dist.runtime.seeds import seed_init
 
 MAIN: dict[str, dict[str, object]] = {
     "ddp": {"kind": "ddp"},
@@ -69,17 +70,22 @@ def my_images(step: int, world: World, accumulate: int) -> list[Images]:
     return [Images(*parts) for parts in zip(*mine, strict=True)]
 
 
-def build(row: dict[str, object], world: World, seed: int = 0) -> Engine:
+def build(row: dict[str, object], world: World, seed: int = 0, **optim: object) -> Engine:
+    return make_engine(network(seed), parts_of(row, world, **optim))
+
+
+def parts_of(row: dict[str, object], world: World, **optim: object) -> EngineParts:
     cfg = RunConfig(
         name="x",
         engine=EngineConfig.model_validate({"device": "cpu", "ema_half_life_epochs": 0.5, **row}),
-        optim=OptimConfig(lr=0.1, lr_reference_batch=0, warmup_epochs=1, weight_decay=0.01),
+        optim=OptimConfig.model_validate(
+            {"lr": 0.1, "lr_reference_batch": 0, "warmup_epochs": 1, "weight_decay": 0.01, **optim}
+        ),
         train=TrainConfig(global_batch=BATCH, max_images_per_rank=BATCH // world.world_size // 2, epochs=8),
     )
     plan = make_plan(cfg, world.world_size, DataFacts(4 * BATCH, 8, CLASSES))
     assert plan.accumulate_steps == 2
-    parts = EngineParts(cfg.engine, cfg.optim, plan, torch.device("cpu"), seed=3, rank=world.rank, image_size=8)
-    return make_engine(network(seed), parts)
+    return EngineParts(cfg.engine, cfg.optim, plan, torch.device("cpu"), seed=3, rank=world.rank, image_size=8)
 
 
 def train_one(engine: Engine, batches: list[Images]) -> dict[str, float]:
@@ -143,7 +149,7 @@ def bits(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().numpy().tobytes()
 
 
-def move(row: dict[str, object], world: World, folder: Path) -> dict[str, Any]:
+def move(name: str, row: dict[str, object], world: World, folder: Path) -> dict[str, Any]:
     """Into one engine: what each of the others saved. {source: tensors that are not equal bit for bit, next losses}"""
     engine = build(row, world, seed=99)
     seen: dict[str, Any] = {}
@@ -155,10 +161,53 @@ def move(row: dict[str, object], world: World, folder: Path) -> dict[str, Any]:
         mine = state.whole()
         wrong = [n for n in tensors if n not in mine or bits(mine[n]) != bits(tensors[n])]
         wrong += [n for n in mine if n not in tensors]
-        losses = [train_one(engine, my_images(step, world, 2))["loss"] for step in range(STEPS, STEPS + 2)]
+        steps = 2 if source in ("ddp", name) else 1
+        losses = [train_one(engine, my_images(step, world, 2))["loss"] for step in range(STEPS, STEPS + steps)]
         seen[source] = {"wrong": wrong, "scalars": state.scalars == scalars, "losses": losses}
     engine.close()
     return seen
+
+
+def compare_optimizers(world: World) -> dict[str, Any]:
+    """With each of the others: losses of every engine, and what of DDP's state it does not take over bit for bit."""
+    from ii_dist.models.compat import ensure_torchvision
+
+    ensure_torchvision()  # timm's optimizers cannot be imported without
+    seen: dict[str, Any] = {}
+    for name in ("adamw", "lars", "lamb"):
+        optim: dict[str, object] = {"optimizer": name, "lr": 0.01, "trust_coefficient": 1.0, "clip_norm": 1.0}
+        curves: dict[str, list[float]] = {}
+        for row_name, row in MAIN.items():
+            engine = build(row, world, **optim)
+            curves[row_name] = [train_one(engine, my_images(step, world, 2))["loss"] for step in range(8)]
+            if row_name == "ddp":
+                of_ddp = EngineState(engine.state().whole(), engine.state().scalars)
+            engine.load_state(of_ddp)
+            mine = engine.state().whole()
+            wrong = [n for n, tensor in of_ddp.tensors.items() if bits(mine[n]) != bits(tensor)]
+            curves[row_name].append(train_one(engine, my_images(8, world, 2))["loss"])
+            engine.close()
+            seen[f"{name} {row_name}"] = {
+                "losses": curves[row_name],
+                "wrong": wrong,
+                "same": mine.keys() == of_ddp.tensors.keys(),
+            }
+    return seen
+
+
+def train_inner_imaging(world: World) -> dict[str, list[float]]:
+    """Losses of a network whose lenses read weights of other modules than the one at work, as ZeRO 3 must notice."""
+    from ii_dist.models import create_model  # here, for it takes as long to import as all the rest
+
+    found = {}
+    for name in ("ddp", "zero3"):
+        seed_init(0)
+        model = create_model(ModelConfig(network="ini_resnet20", gate="fold3x3", zero_init_last=False), CLASSES)
+        engine = make_engine(model, parts_of(MAIN[name], world))
+        found[name] = [train_one(engine, my_images(step, world, 2))["loss"] for step in range(2)]
+        found[name].append(evaluate(engine, world))
+        engine.close()
+    return found
 
 
 def collects(world: World) -> bool:
@@ -187,8 +236,10 @@ def main() -> None:
         seen["trained"] = {
             n: train_and_save(row, world, RunFolder(folder / n)) for n, row in (MAIN | OFFLOADED).items()
         }
+        seen["inner_imaging"] = train_inner_imaging(world)
+        seen["optimizers"] = compare_optimizers(world)
     targets = MAIN | OFFLOADED if world.world_size == 2 else MAIN
-    seen["moved"] = {name: move(row, world, folder) for name, row in targets.items()}
+    seen["moved"] = {name: move(name, row, world, folder) for name, row in targets.items()}
     close_group()
     if world.rank == 0:
         (folder / f"world_{world.world_size}.json").write_text(json.dumps(seen))
