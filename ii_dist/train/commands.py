@@ -24,6 +24,7 @@ from ii_dist.train.loop import fit
 from ii_dist.train.opening import build_engine, join, open_session
 from ii_dist.train.resume import find_start, load_start
 from ii_dist.train.session import Session
+from ii_dist.train.sharding_check import check_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def evaluate_checkpoint(cfg: RunConfig, plan: Plan, world: World, path: Path) ->
         data, last = cfg.data_on(device.type), cfg.engine.channels_last
         source = make_eval_source(data, plan, world, cfg.seed, str(device), last, cfg.train.eval_batch_per_rank)
         stack.callback(source.close)
+        check_sharding(cfg, plan, world, source)
         engine = build_engine(cfg, plan, world, device)
         stack.callback(engine.close)
         step_folder = path if path.parent.name == "checkpoints" else None
