@@ -187,8 +187,9 @@ def hash_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> tupl
 
 
 def describe(error: OSError, path: Path) -> str:
-    """One line for a failed write: what, where, and the free bytes when the disk is full."""
-    where = error.filename if isinstance(error.filename, str) else str(path)
+    """One line for a failed write at or below `path`: what, where, and the free bytes when the disk is full."""
+    # Deleting a tree names its members only.
+    where = path / error.filename if isinstance(error.filename, str) else path
     text = f"{where}: {error.strerror or error}"
     if error.errno in _FULL:
         text += f"; {free_bytes(path)} bytes free there: make room or lower checkpoint.keep_last"

@@ -18,7 +18,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ii_dist.checkpoint.staging import Staging
@@ -74,9 +73,11 @@ class Saver:
         self._finish()
         late_s = time.perf_counter() - start
         state = encode_state(scalars)
-        staged, ready = self._staging.copy(tensors)
-        content = StepContent(step, epoch, offset, staged.layout, staged.images, state)
-        self._running = self._thread.submit(self._work, content, ready, start, late_s)
+        self._staging.begin(tensors)
+        content = StepContent(step, epoch, offset, self._staging.layout, self._staging.images, state)
+        # The disk may begin with the first shard while the others are copied.
+        self._running = self._thread.submit(self._work, content, start, late_s)
+        self._staging.fill(tensors)
         return time.perf_counter() - start
 
     def poll(self) -> list[SaveResult]:
@@ -103,10 +104,8 @@ class Saver:
         if running is not None:
             self._done.append(running.result())
 
-    def _work(self, content: StepContent, ready: "torch.cuda.Event | None", start: float, late_s: float) -> SaveResult:
+    def _work(self, content: StepContent, start: float, late_s: float) -> SaveResult:
         """In the thread: write, commit, then delete what retention lets go."""
-        if ready is not None:
-            ready.synchronize()
         try:
             size = self._store.save(content, self._gather)
         except CheckpointError as error:

@@ -9,7 +9,7 @@ Format: 8 bytes little-endian header length, JSON header padded with spaces to 8
 import heapq
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -85,12 +85,14 @@ class ShardFile:
 class ShardImage:
     """A shard in host memory, byte for byte as in the file, but for the header, which is put in front at last.
 
-    specs: its tensors in file order. data: header room, then the tensors; writable.
+    specs: its tensors in file order. data: header room, then the tensors; writable. ready: returns when the tensors
+    are all there. Raises CheckpointError if they will never be.
     """
 
     specs: tuple[TensorSpec, ...]
     header_bytes: int
     data: memoryview
+    ready: Callable[[], None] = lambda: None
 
     def put_header(self, step: int) -> None:
         """The same length for every step, so that the tensors stay where they are."""
@@ -157,7 +159,8 @@ def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str], room
 
 
 def write_shard(path: Path, image: ShardImage, step: int) -> ShardFile:
-    """Write an image to the new file `path`; on disk when this returns. Raises OSError."""
+    """Write an image, when it is ready, to the new file `path`; on disk when this returns. Raises OSError."""
+    image.ready()
     image.put_header(step)
     sha256 = write_hashed(path, image.data)
     return ShardFile(path.name, len(image.data), sha256)

@@ -1,8 +1,8 @@
 """The checkpoints of one run on disk: the one place that makes, commits and deletes step folders.
 
 In: this rank's shards of a step in memory, and a way to tell all ranks a row of bytes. Out: a step folder at its
-final name, or no trace of it. Order: every shard into a hidden folder, flushed; state.json; the manifest, flushed; the
-hidden folder, flushed; rename; the parent, flushed. Ranks agree before each stage. No torch at import.
+final name, or no trace of it. Order: every shard and state.json into a hidden folder, flushed; the manifest, flushed;
+the hidden folder, flushed; rename; the parent, flushed. Ranks agree before each stage. No torch at import.
 """
 
 import hashlib
@@ -135,13 +135,13 @@ class CheckpointStore:
         return doomed
 
     def sweep(self) -> None:
-        """Remove what killed jobs left: hidden partial folders and trash. Rank 0 only, before the first save."""
+        """Remove what ended saves left: hidden partial folders and trash. Rank 0 only, between saves."""
         checkpoints = self._folder.checkpoints
         try:
             left = list(checkpoints.iterdir()) if checkpoints.is_dir() else []
             for path in left:
                 if path.name.startswith((_PARTIAL, _TRASH)):
-                    logger.info("removing %s, left by an interrupted job", path)
+                    logger.info("removing %s, left by an interrupted save", path)
                     remove_tree(path)
         except OSError as error:
             logger.warning("leftovers not removed: %s", describe(error, checkpoints))
@@ -184,11 +184,12 @@ class CheckpointStore:
         if not checkpoints.is_dir():
             checkpoints.mkdir()
             sync_folder(checkpoints.parent)
-        remove_tree(partial)
+        # Also what an earlier save could not take away: on a full disk it is the room for this one.
+        self.sweep()
         partial.mkdir()
 
     def _write(self, content: StepContent, partial: Path) -> list[ShardFile]:
-        """This rank's shards, side by side: while one waits for the disk another is hashed."""
+        """This rank's shards, side by side: while one waits for the disk another is hashed. On rank 0 state.json."""
         count = len(content.images)
         names = [shard_name(self._rank * count + i, self._world_size * count) for i in range(count)]
 
@@ -196,13 +197,15 @@ class CheckpointStore:
             return write_shard(partial / name, image, content.step)
 
         with ThreadPoolExecutor(min(_WRITERS, count), "shard") as pool:
-            return list(pool.map(one, names, content.images))
+            written = pool.map(one, names, content.images)
+            if self._rank == 0:
+                write_new_file(partial / STATE, content.state)
+            return list(written)
 
     def _commit(self, content: StepContent, partial: Path, shards: list[ShardFile]) -> None:
         if self._rank != 0:
             return
         final = self._folder.step(content.step)
-        write_new_file(partial / STATE, content.state)
         write_new_file(partial / COMMITTED, self._manifest(content, shards).encode())
         sync_folder(partial)
         if final.is_dir() and not verify_step(final):

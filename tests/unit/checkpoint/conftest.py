@@ -83,7 +83,9 @@ def commit(folder: RunFolder) -> Commit:
         def one(rank: int) -> Exception | None:
             facts = RunFacts("ddp", 64, "a" * 64, "b" * 64)
             store = CheckpointStore(at, facts, rank, world_size, fence, lease if rank == 0 else None)
-            staged, _ = Staging(rank, world_size).copy(tensors)
+            staged = Staging(rank, world_size)
+            staged.begin(tensors)
+            staged.fill(tensors)
             state = encode_state(scalars or {"step": step})
             content = StepContent(step, 1, step * 64, staged.layout, staged.images, state)
             try:
