@@ -28,7 +28,7 @@ from ii_dist.runtime.group import all_gather_bytes, new_cpu_group
 from ii_dist.runtime.scattered import Scattered
 
 # Not the lowest: a thread that waits long for a core may hold the interpreter's lock meanwhile.
-_PRIORITY = 10
+_NICER = 10
 logger = logging.getLogger(__name__)
 
 
@@ -123,8 +123,9 @@ class Saver:
 
 def _give_way() -> None:
     """Let the training threads of this process go first; the threads that this one starts inherit it."""
+    here = threading.get_native_id()  # of this thread alone
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _PRIORITY)  # of this thread alone
+        os.setpriority(os.PRIO_PROCESS, here, os.getpriority(os.PRIO_PROCESS, here) + _NICER)
 
 
 def encode_state(scalars: Mapping[str, Any]) -> bytes:

@@ -162,7 +162,8 @@ class CheckpointStore:
         try:
             rows = gather(row.ljust(_ROW_BYTES, b"\0"))
         except RuntimeError as error:
-            raise CheckpointError(f"a rank was lost while saving: {str(error).splitlines()[0][:200]}") from None
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise CheckpointError(f"a rank was lost while saving: {reason}") from None
         shards = []
         for rank, row in enumerate(rows):
             ok, theirs, text, count = _ROW.unpack_from(row)

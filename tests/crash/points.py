@@ -1,7 +1,7 @@
 """Every point of a save is struck, and a later process looks: ``python -m tests.crash.points WORK [census]``.
 
-Under the shim; `census`: one undisturbed save only. One process imports torch; each save is a process forked from it, so
-that hundreds take seconds. Prints one JSON object: scenario -> {"points": how many, "found": step -> times, "wrong":
+Under the shim; `census`: one undisturbed save only. One process imports torch; each save is a process forked from it,
+so that hundreds take seconds. Prints one JSON object: scenario -> {"points": how many, "found": step -> times, "wrong":
 what did not hold}. Scenarios: `<base>/<mode>` with
 
 base     first   nothing is there yet: not even the folder of the runs

@@ -27,6 +27,7 @@ from ii_dist.checkpoint import (
     load_step,
     shards,
     take_lease,
+    verify_step,
 )
 from ii_dist.config.errors import UserError
 from ii_dist.config.run_folder import RunFolder
@@ -82,6 +83,8 @@ def whole_step(run: RunFolder, allowed: Sequence[int]) -> int:
     """The step that a later process trusts, its values compared; 0 if there is none. Raises AssertionError."""
     found, left_out = find_newest(run.checkpoints)
     assert not left_out, left_out
+    # Nor is half of an older one left at a final name.
+    assert not [s for s in committed_steps(run.checkpoints) if verify_step(run.step(s))]
     step = found.step if found else 0
     assert step in allowed, f"found step {step}, not one of {allowed}"
     if found:
