@@ -37,7 +37,6 @@ def encode(values: NDArray[Any], dtype: str, name: str) -> memoryview:
     with np.errstate(over="ignore"):
         single = values.astype("<f4", copy=False)
         narrow = {"F32": lambda: single, "F16": lambda: single.astype("<f2"), "BF16": lambda: _to_bf16(single)}[dtype]()
-    # The same bit pattern of an infinity for both signs, without a pass over what is not infinite.
     infinite = (narrow & 0x7FFF) == 0x7F80 if dtype == "BF16" else np.isinf(narrow)
     if infinite.any() and not np.isinf(values[infinite]).all():
         largest = float(np.abs(values[np.isfinite(values)]).max())

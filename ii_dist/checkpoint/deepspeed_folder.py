@@ -53,8 +53,8 @@ class Consent:
             return
         if path.name not in self.hashes:
             raise CheckpointError(
-                f"{path}: holds stored Python objects, and such a file can be made to run programs; if you know who made it, say "
-                "--trust, or give its sha256 with --hashes FILE (lines of sha256sum)"
+                f"{path}: holds stored Python objects, and such a file may run programs; if you know who "
+                "made it, say --trust, or give its sha256 with --hashes FILE (lines of sha256sum)"
             )
         if hash_file(path)[1] != self.hashes[path.name]:
             raise CheckpointError(f"{path}: its sha256 is not the one of --hashes; it was changed or is another file")
