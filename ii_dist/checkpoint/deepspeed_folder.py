@@ -116,8 +116,8 @@ def _from_partitions(step: Path, states: list[dict[str, Any]], consent: Consent)
     module = states[0]["module"]
     shapes = {name: tuple(shape) for group in states[0]["param_shapes"] for name, shape in group.items()}
     flat = _stage3(parts, shapes) if "fp32_flat_groups" in parts[0] else _stage1_2(parts, shapes)
-    found = {name: _whole(name, module[name]) for name in states[0]["buffer_names"] if name in module}
-    found |= _frozen(states)
+    # Buffers, and below stage 3 also what was not trained, stand whole among the step's weights.
+    found = {name: _whole(name, tensor) for name, tensor in module.items() if name not in shapes} | _frozen(states)
     for name, shape in shapes.items():
         pieces = list(flat[name])
         if sum(piece.numel() for piece in pieces) < prod(shape):

@@ -8,6 +8,8 @@ refused before it is even looked up. Our own checkpoints hold no pickles.
 import io
 import os
 import pickle
+import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -22,6 +24,7 @@ from ii_dist.checkpoint.shards import DTYPES
 from ii_dist.config.errors import CheckpointError
 
 _METADATA_LIMIT_BYTES = 256 << 20
+_NAMED = re.compile(r"GLOBAL ([\w.]+)")
 # What a broken or hostile pickle may end in, besides being refused.
 _FAILURES = (
     pickle.UnpicklingError,
@@ -51,11 +54,8 @@ def load_tensors(path: Path, stand_ins: Iterable[str] = ()) -> dict[str, Any]:
     stand_ins: classes, by full name, that the file may also hold; each object of theirs becomes a `StandIn`.
     """
     os.close(open_regular(path))
-    try:
-        with torch.serialization.safe_globals([(StandIn, name) for name in stand_ins]):
-            values = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
-    except (*_FAILURES, OSError) as error:
-        raise CheckpointError(f"{path}: not opened: {_first_line(error)}") from None
+    with torch.serialization.safe_globals([(StandIn, name) for name in stand_ins]):
+        values = _load(str(path), str(path), mapped=True)
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: holds no table of tensors")
     return values
@@ -63,13 +63,22 @@ def load_tensors(path: Path, stand_ins: Iterable[str] = ()) -> dict[str, Any]:
 
 def decode_tensor(data: bytes, where: str) -> torch.Tensor:
     """One tensor that torch saved. Raises CheckpointError."""
-    try:
-        tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except _FAILURES as error:
-        raise CheckpointError(f"{where}: not opened: {_first_line(error)}") from None
+    tensor = _load(io.BytesIO(data), where, mapped=False)
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(f"{where}: holds no tensor")
     return tensor
+
+
+def _load(source: str | io.BytesIO, where: str, mapped: bool) -> Any:
+    """torch's own restricted unpickler: tensors, plain containers and numbers, and what `safe_globals` lists."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd pickle protocols, which no file of torch's has
+            return torch.load(source, map_location="cpu", mmap=mapped, weights_only=True)
+    except (*_FAILURES, OSError) as error:
+        names = _NAMED.search(str(error))
+        reason = f"it names {names[1]}, which has no place there" if names else _first_line(error)
+        raise CheckpointError(f"{where}: not opened: {reason}") from None
 
 
 def read_dcp_metadata(path: Path) -> dcp.Metadata:
