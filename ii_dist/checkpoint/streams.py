@@ -7,7 +7,8 @@ only when all of it is on the disk. No torch.
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from ii_dist.config.errors import CheckpointError
 
 PIECE_BYTES = 1 << 20
 """Most bytes that are handled at once; a multiple of every element's size."""
+
+_FLUSH_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,9 @@ class TensorDraft:
             self.bytes += spec.bytes
         # Room for all of it at once: a full disk shows here, not after an hour.
         os.posix_fallocate(file, 0, self.bytes)
-        self._written_bytes = 0
+        self._written_bytes = self._flushed_bytes = 0
+        self._flusher = ThreadPoolExecutor(1, "flush")
+        self._flushing: Future[None] | None = None
         self._put(memoryview(header), 0)
 
     def write(self, name: str, at: int, data: bytes | bytearray | memoryview) -> None:
@@ -100,7 +105,12 @@ class TensorDraft:
 
     def finish(self) -> None:
         assert self._written_bytes == self.bytes, "a tensor was not written whole"
+        if self._flushing is not None:
+            self._flushing.result()  # the system reports a failed write-back once
         os.fsync(self._file)
+
+    def close(self) -> None:
+        self._flusher.shutdown()
 
     def _put(self, data: memoryview, offset: int) -> None:
         size = len(data)
@@ -109,6 +119,17 @@ class TensorDraft:
             data, offset = data[count:], offset + count
         with self._lock:
             self._written_bytes += size
+            self._begin_flush()
+
+    def _begin_flush(self) -> None:
+        """Let the disk work while more pieces are made; not in small portions."""
+        if self._written_bytes - self._flushed_bytes < _FLUSH_BYTES:
+            return
+        if self._flushing is None or self._flushing.done():
+            if self._flushing is not None:
+                self._flushing.result()
+            self._flushed_bytes = self._written_bytes
+            self._flushing = self._flusher.submit(os.fdatasync, self._file)
 
 
 @contextmanager
@@ -119,8 +140,9 @@ def draft_tensors(out: Path, specs: Iterable[TensorSpec], metadata: Mapping[str,
         file = create_file(draft)
         try:
             tensors = TensorDraft(file, specs, metadata)
-            yield tensors
-            tensors.finish()
+            with closing(tensors):
+                yield tensors
+                tensors.finish()
         finally:
             os.close(file)
         draft.rename(out)
