@@ -60,8 +60,12 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     @property
+    def element_bytes(self) -> int:
+        return DTYPES[self.dtype][1]
+
+    @property
     def bytes(self) -> int:
-        return prod(self.shape) * DTYPES[self.dtype][1]
+        return prod(self.shape) * self.element_bytes
 
     @property
     def torch_dtype(self) -> "torch.dtype":

@@ -17,6 +17,7 @@ import torch
 
 from ii_dist.checkpoint import CheckpointStore, Lease, RunFacts, Saver, take_lease
 from ii_dist.checkpoint.disk import replace_file
+from ii_dist.checkpoint.weights import load_network_file
 from ii_dist.config import (
     ConfigError,
     IndexHeader,
@@ -165,9 +166,12 @@ def _train_index(cfg: RunConfig) -> IndexHeader | None:
     return None if cfg.data.source == "synthetic" else read_index_header(Path(cfg.data.root) / "train.index")
 
 
-def build_engine(cfg: RunConfig, plan: Plan, world: World, device: torch.device) -> Engine:
+def build_engine(cfg: RunConfig, plan: Plan, world: World, device: torch.device, weights: Path | None = None) -> Engine:
+    """An engine at step 0; weights: a safetensors file that the network (and its average) starts from."""
     seed_init(cfg.seed)
     model = create_model(cfg.model, plan.num_classes)
+    if weights is not None:
+        load_network_file(model, weights)
     return make_engine(
         model,
         EngineParts(cfg.engine, cfg.optim, plan, device, cfg.seed, world.rank, cfg.data.side_of_epoch(0)),
