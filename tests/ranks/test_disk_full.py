@@ -1,4 +1,4 @@
-"""`ii-dist train` on a disk that is full for a while: the old step stays, training goes on, the next save works."""
+"""`ii-dist train` on a disk that is full for a while, then read-only: old steps stay, training goes on and saves."""
 
 import os
 import re
@@ -52,6 +52,23 @@ def fill(disk: Path) -> Path:
     raise AssertionError
 
 
+def a_while_read_only(run: RunFolder, output: Path) -> None:
+    """Nobody, root included, may make or delete a name in the folder of the checkpoints."""
+    if subprocess.run(["chattr", "+i", str(run.checkpoints)], capture_output=True).returncode:
+        return  # the file system has no such mark
+
+    def failed() -> list[str]:
+        return re.findall(r"step \d+ not saved: .*Operation not permitted", output.read_text())
+
+    try:
+        wait_for(failed, output)
+        steps = committed_steps(run.checkpoints)
+    finally:
+        subprocess.run(["chattr", "-i", str(run.checkpoints)], check=True)
+    assert f"{run.checkpoints}/.partial_step_" in failed()[0]
+    wait_for(lambda: committed_steps(run.checkpoints)[-1] > steps[-1], output)
+
+
 def test_training_goes_on_and_saves_again(small_disk: Path, tmp_path: Path) -> None:
     config, output = tmp_path / "run.yaml", tmp_path / "output"
     config.write_text(CONFIG + f"runs_folder: {small_disk}\n")
@@ -80,6 +97,7 @@ def test_training_goes_on_and_saves_again(small_disk: Path, tmp_path: Path) -> N
         assert left_out == []
         (small_disk / "ballast").unlink()
         wait_for(lambda: committed_steps(run.checkpoints)[-1] > found.step, output)
+        a_while_read_only(run, output)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 75, output.read_text()
     finally:
