@@ -34,7 +34,8 @@ def write_step(run: Path, shards: int, weight_bytes: int) -> Path:
 
     from ii_dist.checkpoint import Manifest, assign_shards
     from ii_dist.checkpoint.manifest import PositionEntry, ShardEntry, StateEntry, TensorEntry
-    from ii_dist.checkpoint.shards import write_shard
+    from ii_dist.checkpoint.shards import TensorSpec, write_shard
+    from ii_dist.checkpoint.staging import make_image
     from ii_dist.config.run_folder import COMMITTED, STATE, RunFolder, shard_name
 
     step = RunFolder(run).step(shards)
@@ -45,7 +46,10 @@ def write_step(run: Path, shards: int, weight_bytes: int) -> Path:
     files = []
     for rank, share in enumerate(assign_shards([(name, 4 * elements) for name in names], shards)):
         file = shard_name(rank, shards)
-        made = write_shard(step / file, {name: torch.randn(elements) for name in share}, {})
+        image, views = make_image(TensorSpec(name, "F32", (elements,)) for name in share)
+        for view in views.values():
+            view.copy_(torch.randn(elements))
+        made = write_shard(step / file, image, shards)
         files.append(ShardEntry(file=file, bytes=made.bytes, sha256=made.sha256))
         entries |= {name: TensorEntry(shard=file, dtype="F32", shape=(elements,)) for name in share}
     (step / STATE).write_bytes(b"{}")

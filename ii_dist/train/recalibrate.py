@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as encode_tensors
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from ii_dist.checkpoint.disk import describe, replace_file
+from ii_dist.checkpoint.shards import encode_tensors
 from ii_dist.checkpoint.weights import check_target, load_network_file
 from ii_dist.config import CheckpointError, ConfigError, Plan, RunConfig
 from ii_dist.config.errors import EXIT_DONE
@@ -60,7 +60,7 @@ def recalibrate(
     facts["recalibrated_images"] = str(batches * plan.micro_batch)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
     try:
-        replace_file(out, encode_tensors(tensors, {"format": "pt", **facts}))
+        replace_file(out, encode_tensors(tensors, facts))
     except OSError as error:
         raise CheckpointError(describe(error, out)) from None
     return Outcome(EXIT_DONE, f"{out}: BatchNorm statistics of {facts['recalibrated_images']} training images")
