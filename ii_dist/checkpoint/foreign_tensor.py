@@ -1,4 +1,4 @@
-"""A tensor of another program's checkpoint that is read when it is asked for, and its bytes."""
+"""A tensor of another program's checkpoint that is read when it is asked for."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +16,3 @@ class ForeignTensor:
 
     spec: TensorSpec
     load: Callable[[], "Tensor"]
-
-
-def tensor_bytes(tensor: "Tensor") -> memoryview:
-    """The row-major bytes of a CPU tensor; a view of its memory when that is row-major already."""
-    import torch
-
-    flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ii_dist.checkpoint.casting import cast, decode, encode
-from ii_dist.checkpoint.foreign_tensor import tensor_bytes
+from ii_dist.checkpoint.streams import tensor_bytes
 from ii_dist.config.errors import CheckpointError
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
