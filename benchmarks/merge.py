@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 SHARDS = (8, 64)
 TENSORS = 128
 CHUNK_BYTES = 1 << 22
@@ -30,27 +32,27 @@ CHUNK_BYTES = 1 << 22
 
 def write_step(run: Path, shards: int, weight_bytes: int) -> Path:
     """A committed step of `TENSORS` weights with their momenta, spread over `shards` files."""
-    import torch
-
     from ii_dist.checkpoint import Manifest, assign_shards
+    from ii_dist.checkpoint.disk import hash_file
     from ii_dist.checkpoint.manifest import PositionEntry, ShardEntry, StateEntry, TensorEntry
-    from ii_dist.checkpoint.shards import TensorSpec, write_shard
-    from ii_dist.checkpoint.staging import make_image
+    from ii_dist.checkpoint.shards import TensorSpec
+    from ii_dist.checkpoint.streams import draft_tensors
     from ii_dist.config.run_folder import COMMITTED, STATE, RunFolder, shard_name
 
     step = RunFolder(run).step(shards)
     step.mkdir(parents=True)
+    draw = np.random.default_rng(0)
     elements = weight_bytes // 4 // TENSORS
     names = [f"{kind}.{k}{end}" for k in range(TENSORS) for kind, end in (("model", ""), ("optimizer", ".momentum"))]
     entries: dict[str, TensorEntry] = {}
     files = []
     for rank, share in enumerate(assign_shards([(name, 4 * elements) for name in names], shards)):
         file = shard_name(rank, shards)
-        image, views = make_image(TensorSpec(name, "F32", (elements,)) for name in share)
-        for view in views.values():
-            view.copy_(torch.randn(elements))
-        made = write_shard(step / file, image, shards)
-        files.append(ShardEntry(file=file, bytes=made.bytes, sha256=made.sha256))
+        with draft_tensors(step / file, [TensorSpec(name, "F32", (elements,)) for name in share], {}) as draft:
+            for name in share:
+                draft.write(name, 0, draw.standard_normal(elements, np.float32).tobytes())
+        size, sha256 = hash_file(step / file)
+        files.append(ShardEntry(file=file, bytes=size, sha256=sha256))
         entries |= {name: TensorEntry(shard=file, dtype="F32", shape=(elements,)) for name in share}
     (step / STATE).write_bytes(b"{}")
     manifest = Manifest(

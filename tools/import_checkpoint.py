@@ -13,8 +13,8 @@ from pathlib import Path
 from ii_dist.checkpoint.casting import TARGETS, cast, cast_code
 from ii_dist.checkpoint.disk import read_small
 from ii_dist.checkpoint.foreign_tensor import ForeignTensor
-from ii_dist.checkpoint.shards import TensorSpec, tensor_bytes
-from ii_dist.checkpoint.streams import draft_tensors, pieces
+from ii_dist.checkpoint.shards import TensorSpec
+from ii_dist.checkpoint.streams import draft_tensors, pieces, tensor_bytes
 from ii_dist.checkpoint.weights import check_target
 from ii_dist.config.errors import EXIT_DONE, CheckpointError
 from tools._border import run

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ii_dist.config.errors import CheckpointError
 
-CHUNK_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 20
 SLAB_BYTES = 1 << 23
 PAGE_BYTES = 4096
 _FULL = {errno.ENOSPC, errno.EDQUOT}

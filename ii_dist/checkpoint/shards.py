@@ -116,14 +116,6 @@ def spec_of(name: str, tensor: "Tensor | Scattered") -> TensorSpec:
     return TensorSpec(name, code, tuple(tensor.shape))
 
 
-def tensor_bytes(tensor: "Tensor") -> memoryview:
-    """The row-major bytes of a CPU tensor; a view of its memory when that is row-major already."""
-    import torch
-
-    flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
-
-
 def assign_shards(names_and_bytes: Iterable[tuple[str, int]], world_size: int) -> list[list[str]]:
     """Names of each rank's share, balanced by bytes: the largest first, each to the rank with the least so far.
 
@@ -168,13 +160,6 @@ def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str], room
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * max(-len(text) % 8, room_bytes - 8 - len(text))
     return len(text).to_bytes(8, "little") + text
-
-
-def encode_tensors(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> bytes:
-    """A whole safetensors file of CPU tensors, the same bytes for the same content."""
-    specs = file_order(spec_of(name, tensor) for name, tensor in tensors.items())
-    header = encode_header(specs, {"format": "pt", **metadata})
-    return b"".join([header, *(tensor_bytes(tensors[spec.name]) for spec in specs)])
 
 
 def write_shard(path: Path, image: ShardImage, step: int) -> ShardFile:

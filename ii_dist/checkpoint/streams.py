@@ -1,7 +1,7 @@
 """Tensor files that are read and written in pieces, so that a program's memory does not grow with them.
 
 In: where tensors lie in files. Out: their bytes, a piece at a time; and a safetensors file that appears under its name
-only when all of it is on the disk. No torch.
+only when all of it is on the disk. No torch at import.
 """
 
 import os
@@ -11,10 +11,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ii_dist.checkpoint.disk import create_file, describe, open_regular, sync_folder
-from ii_dist.checkpoint.shards import TensorSpec, encode_header, file_order, read_header
+from ii_dist.checkpoint.shards import TensorSpec, encode_header, file_order, read_header, spec_of
 from ii_dist.config.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PIECE_BYTES = 1 << 20
 """Most bytes that are handled at once; a multiple of every element's size."""
@@ -151,3 +155,18 @@ def draft_tensors(out: Path, specs: Iterable[TensorSpec], metadata: Mapping[str,
         raise CheckpointError(describe(error, out)) from None
     finally:
         draft.unlink(missing_ok=True)
+
+
+def encode_tensors(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> bytes:
+    """A whole safetensors file of CPU tensors, the same bytes for the same content."""
+    specs = file_order(spec_of(name, tensor) for name, tensor in tensors.items())
+    header = encode_header(specs, {"format": "pt", **metadata})
+    return b"".join([header, *(tensor_bytes(tensors[spec.name]) for spec in specs)])
+
+
+def tensor_bytes(tensor: "Tensor") -> memoryview:
+    """The row-major bytes of a CPU tensor; a view of its memory when that is row-major already."""
+    import torch
+
+    flat = tensor.detach().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")

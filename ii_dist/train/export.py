@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import ii_dist
 from ii_dist.checkpoint.disk import describe, sync_folder, write_new_file
-from ii_dist.checkpoint.shards import encode_tensors
+from ii_dist.checkpoint.streams import encode_tensors
 from ii_dist.checkpoint.weights import load_network, timm_line
 from ii_dist.config import CheckpointError, ClusterError
 from ii_dist.models import create_model, fuse_lenses

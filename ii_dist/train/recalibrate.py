@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from ii_dist.checkpoint.disk import describe, replace_file
-from ii_dist.checkpoint.shards import encode_tensors
+from ii_dist.checkpoint.shards import spec_of
+from ii_dist.checkpoint.streams import draft_tensors, tensor_bytes
 from ii_dist.checkpoint.weights import check_target, load_network_file
-from ii_dist.config import CheckpointError, ConfigError, Plan, RunConfig
+from ii_dist.config import ConfigError, Plan, RunConfig
 from ii_dist.config.errors import EXIT_DONE
 from ii_dist.data import BatchSource, Position, make_train_source
 from ii_dist.models import create_model
@@ -58,11 +58,10 @@ def recalibrate(
         seed_init(cfg.seed)  # stochastic depth draws the same each time
         recompute_statistics(network, _images(source, plan, batches), device)
     facts["recalibrated_images"] = str(batches * plan.micro_batch)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
-    try:
-        replace_file(out, encode_tensors(tensors, facts))
-    except OSError as error:
-        raise CheckpointError(describe(error, out)) from None
+    tensors = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+    with draft_tensors(out, [spec_of(name, tensor) for name, tensor in tensors.items()], facts) as draft:
+        for name, tensor in tensors.items():
+            draft.write(name, 0, tensor_bytes(tensor))
     return Outcome(EXIT_DONE, f"{out}: BatchNorm statistics of {facts['recalibrated_images']} training images")
 
 

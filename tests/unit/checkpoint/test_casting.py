@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ii_dist.checkpoint.casting import cast, decode, encode
-from ii_dist.checkpoint.shards import tensor_bytes
+from ii_dist.checkpoint.streams import tensor_bytes
 from ii_dist.config.errors import CheckpointError
 
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -21,7 +21,8 @@ def awkward() -> Tensor:
     special = torch.tensor(
         [0.0, -0.0, 65504.0, -65504.0, 65519.0, 6e-8, 2.9e-8, 1e-40, torch.inf, -torch.inf, torch.nan]
     )
-    all_of_them = torch.cat([ordinary, any_bits, -any_bits, ties, half_ties, special])
+    odd_nans = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32).view(torch.float32)
+    all_of_them = torch.cat([ordinary, any_bits, -any_bits, ties, half_ties, special, odd_nans])
     return all_of_them[~torch.isfinite(all_of_them) | (all_of_them.abs() < 65520)]
 
 

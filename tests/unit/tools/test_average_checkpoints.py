@@ -76,10 +76,10 @@ def test_exponential_is_torchs_average_in_order(tmp_path: Path) -> None:
 
 def test_types(tmp_path: Path) -> None:
     nets = networks(2)
-    nets[0]["fc.weight"] = nets[0]["fc.weight"].bfloat16()
+    nets[1]["fc.weight"] = nets[1]["fc.weight"].bfloat16()
     paths, out = saved(tmp_path, nets), tmp_path / "a.safetensors"
     average_checkpoints.main([*paths, "--out", str(out)])
-    expected = (nets[0]["fc.weight"].float() + nets[1]["fc.weight"]) / 2
+    expected = (nets[0]["fc.weight"] + nets[1]["fc.weight"].float()) / 2
     assert load_file(out)["fc.weight"].dtype == torch.float32
     assert torch.allclose(load_file(out)["fc.weight"], expected)
     average_checkpoints.main([*paths, "--out", str(out), "--dtype", "bf16", "--force"])
