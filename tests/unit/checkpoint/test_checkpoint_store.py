@@ -125,6 +125,14 @@ def test_leftovers_are_swept(folder: RunFolder, commit: Commit) -> None:
     assert committed_steps(folder.checkpoints) == [10]
 
 
+def test_what_a_save_left_makes_room_for_the_next(folder: RunFolder, commit: Commit) -> None:
+    commit(10)
+    for name in (".partial_step_000000015_fence_000001", ".trash_step_000000005_fence_000001"):
+        (folder.checkpoints / name).mkdir()
+    assert commit(20) == [None, None]
+    assert hidden(folder) == []
+
+
 def test_ghost_of_an_earlier_attempt_does_not_disturb(folder: RunFolder, commit: Commit) -> None:
     folder.checkpoints.mkdir()
     ghost = folder.checkpoints / ".partial_step_000000020_fence_000001"
