@@ -6,6 +6,7 @@ folder (`RunFolder`), and the errors, with their exit codes, that every other ro
 
 from ii_dist.config.augment import AugmentConfig
 from ii_dist.config.compare import recipe_differences, recipe_sha256
+from ii_dist.config.engine import EngineConfig, RuntimeConfig
 from ii_dist.config.errors import CheckpointError, ClusterError, ConfigError, DataError, UserError
 from ii_dist.config.facts import data_facts
 from ii_dist.config.index_change import describe_change, index_facts
@@ -17,7 +18,6 @@ from ii_dist.config.run_folder import RunFolder
 from ii_dist.config.schema import (
     CheckpointConfig,
     DataConfig,
-    EngineConfig,
     LaunchConfig,
     MetricsConfig,
     ModelConfig,
@@ -44,6 +44,7 @@ __all__ = [
     "Plan",
     "RunConfig",
     "RunFolder",
+    "RuntimeConfig",
     "TrainConfig",
     "UserError",
     "data_facts",

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from ii_dist.engine.engine import BatchLike
@@ -28,7 +29,10 @@ class DDPEngine(WholeEngine):
                 device_ids=[parts.device.index] if parts.device.type == "cuda" else None,
                 forward_sync_buffers=False,  # rank 0's running statistics are sent when they are read, not each step
                 gradient_as_bucket_view=True,
+                static_graph=parts.engine.static_graph,
             )
+            if parts.engine.compress_gradients == "bf16":
+                self._network.register_comm_hook(None, bf16_compress_hook)
             self._warm_up()
 
     def close(self) -> None:

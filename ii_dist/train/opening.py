@@ -38,6 +38,7 @@ from ii_dist.runtime import Watchdog, World
 from ii_dist.runtime.group import close_group, open_group, pick_device
 from ii_dist.runtime.seeds import seed_init
 from ii_dist.runtime.stop import StopRequest, StopVote
+from ii_dist.runtime.world import tell_libraries
 from ii_dist.train.agree import on_rank0
 from ii_dist.train.bad_files import BadFileLedger
 from ii_dist.train.resume import StartPoint, check_same_run, find_start, load_start, remember_index, seek_start
@@ -106,9 +107,13 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = Fa
 def join(cfg: RunConfig, world: World, stack: contextlib.ExitStack) -> torch.device:
     """Threads, device, process group."""
     device = pick_device(world, cfg.engine.device)
-    if device.type == "cpu" and not world.threads:
+    canonical = cfg.runtime.canonical_shards > 0
+    if canonical and device.type == "cpu":
+        torch.set_num_threads(1)  # a convolution's sums over several threads depend on how many there are
+    elif device.type == "cpu" and not world.threads:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
-    if cfg.engine.deterministic:
+    if cfg.engine.deterministic or (canonical and device.type == "cuda"):
+        tell_libraries(CUBLAS_WORKSPACE_CONFIG=":4096:8")  # without it a matrix product on a GPU is refused
         torch.use_deterministic_algorithms(True)
     elif device.type == "cuda":
         torch.backends.cudnn.benchmark = True
