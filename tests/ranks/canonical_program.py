@@ -56,10 +56,11 @@ def build(
     make: Callable[[nn.Module, EngineParts], Engine] = make_engine,
     shards: int = SHARDS,
     dropout: float = 0.2,
+    **engine: object,
 ) -> Engine:
     cfg = RunConfig(
         name="x",
-        engine=EngineConfig(device="cpu", ema_half_life_epochs=0.5),
+        engine=EngineConfig.model_validate({"device": "cpu", "ema_half_life_epochs": 0.5, **engine}),
         optim=OptimConfig(lr=0.1, lr_reference_batch=0, warmup_epochs=1, weight_decay=0.01, clip_norm=2.0),
         runtime=RuntimeConfig(canonical_shards=shards),
         train=TrainConfig(global_batch=BATCH, max_images_per_rank=BATCH // SHARDS, epochs=8),
@@ -119,9 +120,18 @@ def work(rank: int, world_size: int, moved: EngineState) -> tuple[dict[str, Any]
         seen["moved"] = {"curve": run(engine, first, first + 4, rank, world_size), "state": digest(engine)}
         state = engine.state()
         moved = EngineState(state.whole(), dict(state.scalars))
-    for name, shards in (("plain", 0), ("undropped", SHARDS)):
-        engine = build(rank, world_size, shards=shards, dropout=0.0)
+    more: dict[str, dict[str, Any]] = {"plain": {"shards": 0}, "undropped": {}}
+    more |= {"static": {"shards": 0, "static_graph": True}, "compressed": {"shards": 0, "compress_gradients": "bf16"}}
+    for name, keys in more.items():
+        engine = build(rank, world_size, dropout=0.0, **keys)
         seen[name] = {"curve": run(engine, 0, STEPS, rank, world_size)}
+        engine.close()
+    static = [build(rank, world_size, dropout=0.0, **more["static"]) for _ in range(2)]
+    curve = run(static[0], 0, 4, rank, world_size)
+    state = static[0].state()
+    static[1].load_state(EngineState(state.whole(), dict(state.scalars)))
+    seen["static_resumed"] = {"curve": curve + run(static[1], 4, STEPS, rank, world_size)}
+    for engine in static:
         engine.close()
     return seen, moved
 

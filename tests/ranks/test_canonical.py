@@ -62,16 +62,36 @@ def test_a_sum_in_the_order_of_ranks_would_be_seen(seen: dict[int, Any], ranks: 
     assert mutant["state"] != one["state"]
 
 
+def numbers(row: dict[str, Any]) -> list[list[float]]:
+    """(loss, top1, images, norm, skipped) of each step."""
+    return [[float.fromhex(value) for value in step] for step in row["curve"]]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_the_plain_engine_trains_alike(seen: dict[int, Any], ranks: int) -> None:
     """With the same micro-batches and no dropout, whose draws go by rank there."""
-    mine, plain = (
-        [[float.fromhex(value) for value in step] for step in seen[ranks][name]["curve"]]
-        for name in ("undropped", "plain")
-    )
-    for one, other in zip(mine, plain, strict=True):
+    for one, other in zip(numbers(seen[ranks]["undropped"]), numbers(seen[ranks]["plain"]), strict=True):
         assert one == pytest.approx(other, rel=1e-5, nan_ok=True)
         assert one[2] == 24.0
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_static_graph_trains_alike(seen: dict[int, Any], ranks: int) -> None:
+    """With accumulation, which leaves exchanges out; and resumed in the middle."""
+    for one, other in zip(numbers(seen[ranks]["static"]), numbers(seen[ranks]["plain"]), strict=True):
+        assert one == pytest.approx(other, rel=1e-5, nan_ok=True)
+    assert seen[ranks]["static_resumed"]["curve"] == seen[ranks]["static"]["curve"]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_compressed_gradients_are_close(seen: dict[int, Any], ranks: int) -> None:
+    compressed, plain = numbers(seen[ranks]["compressed"]), numbers(seen[ranks]["plain"])
+    assert compressed[0][0] == plain[0][0]  # the first loss is of the same weights
+    for one, other in zip(compressed, plain, strict=True):
+        assert [one[0], one[3]] == pytest.approx([other[0], other[3]], rel=0.02, nan_ok=True)
+        assert one[4] == other[4]
+    assert all(one[3] != other[3] for one, other in zip(compressed, plain, strict=True))
+    assert seen[1]["compressed"] == seen[1]["plain"]  # there is nobody to send them to
 
 
 def test_whole_runs_on_1_then_4_then_2_ranks(tmp_path: Path) -> None:
