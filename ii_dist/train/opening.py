@@ -41,6 +41,7 @@ from ii_dist.runtime.stop import StopRequest, StopVote
 from ii_dist.runtime.world import tell_libraries
 from ii_dist.train.agree import on_rank0
 from ii_dist.train.bad_files import BadFileLedger
+from ii_dist.train.fitting import fitting_plan
 from ii_dist.train.resume import StartPoint, check_same_run, find_start, load_start, remember_index, seek_start
 from ii_dist.train.session import Results, Session
 from ii_dist.train.sharding_check import check_sharding
@@ -57,6 +58,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = Fa
         stop.listen()
         stack.callback(stop.close)
         device = join(cfg, world, stack)
+        plan = fitting_plan(cfg, plan, world, device, folder)
         lease = _own_folder(cfg, world, folder, new_config, stack)
         train_source, eval_source = _open_sources(cfg, plan, world, device, stack)
         start = find_start(folder, world)
