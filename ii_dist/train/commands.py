@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class Outcome:
     text: str = ""
 
 
-def train(cfg: RunConfig, plan: Plan, world: World, new_config: bool = False) -> Outcome:
+def train(cfg: RunConfig, plan: Plan, world: World, new_config: Sequence[str] = ()) -> Outcome:
     """Resume or start, train, save, sum up."""
     started_s = time.monotonic()
     set_up_logging(world)

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,6 @@ from ii_dist.checkpoint import CheckpointStore, Lease, RunFacts, Saver, take_lea
 from ii_dist.checkpoint.disk import replace_file
 from ii_dist.checkpoint.weights import load_network_file
 from ii_dist.config import (
-    ConfigError,
     IndexHeader,
     Plan,
     RunConfig,
@@ -27,7 +26,7 @@ from ii_dist.config import (
     dump_config,
     load_config,
     read_index_header,
-    recipe_differences,
+    refuse_unnamed_changes,
 )
 from ii_dist.data import BatchSource, make_eval_source, make_train_source
 from ii_dist.engine import Engine, EngineParts, make_engine
@@ -50,8 +49,11 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = False) -> Iterator[Session]:
-    """Everything that `fit` needs, opened in the order in which it is needed; closed also when something fails."""
+def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: Sequence[str] = ()) -> Iterator[Session]:
+    """Everything that `fit` needs, opened in the order in which it is needed; closed also when something fails.
+
+    new_config: keys that may differ from what the run was started with.
+    """
     folder = RunFolder(Path(cfg.runs_folder) / cfg.name)
     with contextlib.ExitStack() as stack:
         stop = StopRequest()
@@ -125,7 +127,7 @@ def join(cfg: RunConfig, world: World, stack: contextlib.ExitStack) -> torch.dev
 
 
 def _own_folder(
-    cfg: RunConfig, world: World, folder: RunFolder, new_config: bool, stack: contextlib.ExitStack
+    cfg: RunConfig, world: World, folder: RunFolder, new_config: Sequence[str], stack: contextlib.ExitStack
 ) -> Lease | None:
     """Rank 0 takes the lease and writes config.yaml; all ranks fail with it."""
     taken: list[Lease] = []
@@ -146,14 +148,9 @@ def _write_plan(folder: RunFolder, plan: Plan) -> str:
     return ""
 
 
-def _write_config(cfg: RunConfig, folder: RunFolder, new_config: bool) -> None:
-    if folder.config.exists() and not new_config and any(folder.checkpoints.glob("step_*")):
-        changed = recipe_differences(load_config(folder.config), cfg)
-        if changed:
-            raise ConfigError(
-                f"{folder.config}: this run was started with other settings ({'; '.join(changed)}); "
-                "restore them, use another name=..., or go on with --new-config"
-            )
+def _write_config(cfg: RunConfig, folder: RunFolder, new_config: Sequence[str]) -> None:
+    if folder.config.exists() and any(folder.checkpoints.glob("step_*")):
+        refuse_unnamed_changes(folder.config, load_config(folder.config), cfg, new_config)
     replace_file(folder.config, dump_config(cfg).encode())
 
 
