@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -139,7 +140,7 @@ def test_peak_bytes_of_a_chain() -> None:
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_the_count_is_near_what_a_process_needs(checkpointed: bool) -> None:
-    """By the kernel's own mark, in a process of its own."""
+    """By the kernel's own mark, in a process of its own whose heap has no holes: what is let go is gone."""
     program = f"""
 import re, torch
 from tests.unit.train.test_fitting import *
@@ -153,7 +154,10 @@ two_steps(cfg, plan_of(cfg), CPU, 48)
 most = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 print(told, most - before)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path.cwd())
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path.cwd(), env=environment
+    )
     assert done.returncode == 0, done.stderr
     told, needed = map(int, done.stdout.split())
-    assert needed / fitting._CPU_MARGIN[checkpointed] <= told <= 1.3 * needed
+    assert 0.7 * needed <= told <= 1.3 * needed
