@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 Tensors = list[torch.Tensor]
-BUCKET_ELEMENTS = 1 << 23
+BUCKET_ELEMENTS = 1 << 22
 
 
 def fold(first: int, stride: int, pieces: int, piece: Callable[[int], Tensors]) -> Tensors:
@@ -44,6 +44,7 @@ class FixedSum:
         assert pieces % world_size == 0
         self._pieces, self._rank, self._world_size = pieces, rank, world_size
         self._bucket_elements = bucket_elements
+        self._buffers: torch.Tensor | None = None
         self._holds_branches = (pieces & -pieces) % world_size == 0
 
     def over_ranks(self, piece: Callable[[int], Tensors]) -> Tensors:
@@ -72,16 +73,23 @@ class FixedSum:
         """Replace mine[0] by the sum over all ranks' pieces."""
         ranks, count = self._world_size, len(mine)
         stretch = -(-sum(tensor.numel() for tensor in mine[0]) // ranks)
-        told_PF = mine[0][0].new_zeros(count, ranks * stretch)
+        told, heard = self._two_buffers(count * ranks * stretch, mine[0][0])
+        told_PF, heard_RPS = told.view(count, -1), heard.view(ranks, count, stretch)
+        told_PF[:, -ranks:] = 0.0  # where the stretches end behind the tensors
         for flat_F, tensors in zip(told_PF, mine, strict=True):
             torch._foreach_copy_(_views(flat_F, tensors), tensors)
-        told_RPS = told_PF.view(count, ranks, stretch).transpose(0, 1).contiguous()
-        heard_RPS = torch.empty_like(told_RPS)
-        dist.all_to_all_single(heard_RPS, told_RPS)
+        dist.all_to_all_single(heard_RPS, told_PF.view(count, ranks, stretch).transpose(0, 1).contiguous())
         (sum_S,) = fold(0, 1, ranks * count, lambda number: [heard_RPS[number % ranks, number // ranks]])
-        sum_F = told_PF.view(-1)[: ranks * stretch]
-        dist.all_gather_single(sum_F, sum_S.contiguous())
-        torch._foreach_copy_(mine[0], _views(sum_F, mine[0]))
+        answer_RS, sum_RS = told_PF[0].view(ranks, stretch), heard[: ranks * stretch].view(ranks, stretch)
+        answer_RS.copy_(sum_S.expand(ranks, stretch))
+        dist.all_to_all_single(sum_RS, answer_RS)  # all-gather does the same, on gloo more slowly
+        torch._foreach_copy_(mine[0], _views(sum_RS.view(-1), mine[0]))
+
+    def _two_buffers(self, elements: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Kept from step to step: on a CPU fresh memory costs more than what is done with it here."""
+        if self._buffers is None or self._buffers.shape[1] < elements:
+            self._buffers = like.new_empty(2, elements)
+        return self._buffers[0, :elements], self._buffers[1, :elements]
 
 
 def _views(flat_F: torch.Tensor, tensors: Tensors) -> Tensors:

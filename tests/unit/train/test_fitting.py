@@ -155,9 +155,8 @@ most = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) 
 print(told, most - before)
 """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path.cwd(), env=environment
-    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path.cwd(), env=environment)
     assert done.returncode == 0, done.stderr
     told, needed = map(int, done.stdout.split())
     assert 0.7 * needed <= told <= 1.3 * needed
