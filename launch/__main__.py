@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ii_dist.config import UserError
+from ii_dist.config import NEW_CONFIG_HELP, UserError, key_list
 from launch.submit import Submission, submit_run
 
 
@@ -32,9 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="show the first rank's output, end with the run's exit code (default: yes on this machine, no on SLURM)",
     )
-    submit.add_argument(
-        "--new-config", action="store_true", help="go on in an existing run folder although its settings differ"
-    )
+    submit.add_argument("--new-config", type=key_list, default=(), metavar="KEYS", help=NEW_CONFIG_HELP)
     return parser
 
 

@@ -25,8 +25,13 @@ def account_lines(cfg: RunConfig, folder: RunFolder, ranks_per_node: int) -> lis
     return [
         *lines,
         f"data    {plan.train_images} training and {plan.eval_images} evaluation images, {plan.num_classes} classes",
-        f"batch   {plan.global_batch} = {ranks} ranks x {plan.images_per_rank} images"
-        f" ({plan.accumulate_steps} micro-batch(es) of {plan.micro_batch})",
+        f"batch   {plan.global_batch} = {ranks} ranks x {plan.images_per_rank} images ({_micro_batches(cfg, plan)})",
         f"steps   {plan.steps_per_epoch} an epoch, {plan.total_steps} in {cfg.train.epochs:g} epoch(s);"
         f" {plan.dropped_images_per_epoch} images of each epoch fill no batch",
     ]
+
+
+def _micro_batches(cfg: RunConfig, plan: Plan) -> str:
+    if cfg.train.max_images_per_rank == "auto":
+        return "in micro-batches that fit, found when the run starts"
+    return f"{plan.accumulate_steps} micro-batch(es) of {plan.micro_batch}"

@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ii_dist
-from ii_dist.config import Plan, RunConfig, UserError, data_facts, dump_config, load_config, make_plan, ranks_on_a_node
+from ii_dist.config import (
+    NEW_CONFIG_HELP,
+    Plan,
+    RunConfig,
+    UserError,
+    data_facts,
+    dump_config,
+    key_list,
+    load_config,
+    make_plan,
+    ranks_on_a_node,
+)
 from ii_dist.config.errors import EXIT_DONE, ConfigError, DataError
 from ii_dist.runtime import World, this_process
 from ii_dist.train.export_request import SUFFIXES, plan_export
@@ -60,9 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", type=Path, help=CONFIG_HELP)
     train.add_argument("overrides", nargs="*", metavar="key=value")
-    train.add_argument(
-        "--new-config", action="store_true", help="go on in an existing run folder although its settings differ"
-    )
+    train.add_argument("--new-config", type=key_list, default=(), metavar="KEYS", help=NEW_CONFIG_HELP)
     train.set_defaults(command=_train)
     _add_evaluate(commands)
     show = commands.add_parser("show", help="print the resolved config and the plan; starts no torch (but for --plot)")

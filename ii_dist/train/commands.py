@@ -4,9 +4,10 @@ In: a config, its plan, this process's world. Out: an exit code and the lines th
 """
 
 import contextlib
+import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class Outcome:
     text: str = ""
 
 
-def train(cfg: RunConfig, plan: Plan, world: World, new_config: bool = False) -> Outcome:
+def train(cfg: RunConfig, plan: Plan, world: World, new_config: Sequence[str] = ()) -> Outcome:
     """Resume or start, train, save, sum up."""
     started_s = time.monotonic()
     set_up_logging(world)
@@ -65,6 +66,8 @@ def evaluate_checkpoint(cfg: RunConfig, plan: Plan, world: World, path: Path, sc
         stack.callback(source.close)
         check_sharding(cfg, plan, world, source)
         weights = path if path.suffix == WEIGHTS_SUFFIX else None
+        if cfg.train.max_images_per_rank == "auto":  # the engine warms up with a batch that is known to be asked for
+            plan = dataclasses.replace(plan, micro_batch=min(plan.micro_batch, cfg.train.eval_batch_per_rank))
         engine = build_engine(cfg, plan, world, device, weights)
         stack.callback(engine.close)
         title = path.name if weights else f"step {_load_newest(path, world, engine)}"
