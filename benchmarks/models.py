@@ -144,10 +144,10 @@ def build(name: str) -> nn.Module:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def training_step(model: nn.Module, images_NCHW: Tensor) -> Block:
+def training_step(model: nn.Module, images_NCHW: Tensor, classes: int = CLASSES) -> Block:
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    labels_N = torch.arange(len(images_NCHW)) % CLASSES
+    labels_N = torch.arange(len(images_NCHW)) % classes
 
     def step() -> None:
         loss = F.cross_entropy(model(images_NCHW), labels_N, label_smoothing=0.1)

@@ -24,6 +24,7 @@ from ii_dist.config.networks import GATE_NAMES
 from ii_dist.metrics import read_summary
 from tools._border import run
 
+CLASSES = 10
 SPEED_ON_GPU = "Images/s are those of the runs, one at a time on the GPU, loader and metrics included."
 SPEED_ON_CPU = """The last column is the training step alone (forward, loss, backward, SGD), measured after the runs:
 one thread, process CPU time, all gates in turn, median of nine turns. Differences of 2 % are within the noise of shared
@@ -102,8 +103,8 @@ def step_rates(cfg: RunConfig, turns: int = 9) -> dict[str, float]:
     images_NCHW = images_NCHW.contiguous(memory_format=torch.channels_last)
     steps = {}
     for gate in GATE_NAMES:
-        model = create_model(cfg.model.model_copy(update={"gate": gate}), num_classes=10)
-        steps[gate] = training_step(model.to(memory_format=torch.channels_last), images_NCHW)  # type: ignore[call-overload]
+        model = create_model(cfg.model.model_copy(update={"gate": gate}), num_classes=CLASSES)
+        steps[gate] = training_step(model.to(memory_format=torch.channels_last), images_NCHW, CLASSES)  # type: ignore[call-overload]
     found = in_turn(steps, turns, repeats=1)
     return {gate: len(images_NCHW) / statistics.median(seconds) for gate, seconds in found.items()}
 

@@ -21,7 +21,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 POLL_S = 0.1
 GRACE_S = 10.0
 """Then ranks that outlived a failed one are killed: they may wait for it in a collective."""
-SETTLE_S = 0.3
+SETTLE_S = 1.0
 """Time for ranks that fail together to be seen together, so that the cause is named and not an echo of it."""
 AGAIN_S = 1.0
 """A request repeated sooner is taken for the same one: schedulers send a signal over several ways at once."""

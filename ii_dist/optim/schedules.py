@@ -66,7 +66,8 @@ def _step(at: After) -> float:
 
 
 def _between(plan: Plan, share: float) -> float:
-    return plan.final_lr + (plan.peak_lr - plan.final_lr) * share
+    # Rounding may lift a share of 1 above the peak.
+    return min(plan.peak_lr, plan.final_lr + (plan.peak_lr - plan.final_lr) * share)
 
 
 SCHEDULES: dict[str, Callable[[After], float]] = {

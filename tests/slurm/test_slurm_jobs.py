@@ -112,7 +112,10 @@ def test_cancel_stops_all_ranks_before_slurm_kills_them(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_fails_on_one_node_ends_the_job(tmp_path: Path) -> None:
-    job = Submitted(tmp_path, {"0": "sleep", "1": "exit:3"}, "fail")
+    mark = tmp_path / "go"
+    job = Submitted(tmp_path, {"0": "sleep", "1": f"after:{mark}:exit:3"}, "fail")
+    wait_until(lambda: "== job" in job.log(0) and "== job" in job.log(1))
+    mark.touch()
     begin_s = time.monotonic()
     job.ended()
     assert time.monotonic() - begin_s < 30

@@ -36,7 +36,7 @@ def test_both_settings_train_every_gate(config: Path) -> None:
 
 
 def test_every_gate_has_a_speed_and_no_gate_is_free() -> None:
-    cfg = load_config(ROOT / CPU_CONFIG, ["train.global_batch=4"])
+    cfg = load_config(ROOT / CPU_CONFIG, ["train.global_batch=12"])
     rates = step_rates(cfg, turns=5)
     assert list(rates) == list(GATE_NAMES)
     assert rates["none"] > rates["fold3x3"]
