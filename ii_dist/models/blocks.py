@@ -67,15 +67,25 @@ def init_convolutions(model: nn.Module) -> None:
 
 
 def gated_sum(
-    gate: nn.Module | None, drop_path: nn.Module | None, residual_NCHW: Tensor, identity_NCHW: Tensor
+    gate: nn.Module | None,
+    drop_path: nn.Module | None,
+    residual_NCHW: Tensor,
+    identity_NCHW: Tensor,
+    reuse: bool = False,
 ) -> Tensor:
-    """residual * scale + identity, with the gate's scale of both; without a gate their plain sum."""
+    """residual * scale + identity, with the gate's scale of both; without a gate their plain sum.
+
+    reuse: without gradients the sum may be written over the residual, as timm's blocks do.
+    """
     if gate is None:
         return (residual_NCHW if drop_path is None else drop_path(residual_NCHW)) + identity_NCHW
     scale_NC11 = gate(residual_NCHW, identity_NCHW)
     if drop_path is not None:
         # Drops whole samples, so it may act on N x C factors instead of the N x C x H x W residual.
         scale_NC11 = drop_path(scale_NC11)
+    in_place = reuse and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if in_place and residual_NCHW.dtype == scale_NC11.dtype == identity_NCHW.dtype:
+        return torch.addcmul(identity_NCHW, residual_NCHW, scale_NC11, out=residual_NCHW)
     return _scale_add(residual_NCHW, scale_NC11, identity_NCHW)
 
 
@@ -84,7 +94,7 @@ def _join(block: Any, residual_NCHW: Tensor, x_NCHW: Tensor, act: nn.Module) -> 
     if block.se is not None:
         residual_NCHW = block.se(residual_NCHW)
     identity_NCHW = x_NCHW if block.downsample is None else block.downsample(x_NCHW)
-    joined: Tensor = act(gated_sum(block.gate, block.drop_path, residual_NCHW, identity_NCHW))
+    joined: Tensor = act(gated_sum(block.gate, block.drop_path, residual_NCHW, identity_NCHW, reuse=True))
     return joined
 
 

@@ -19,7 +19,8 @@ from ii_dist.config.networks import fold_shape
 
 def channel_signals(x_NCHW: Tensor) -> Tensor:
     """Mean of each channel over all positions: x_NC, in the dtype of x."""
-    if torch.compiler.is_compiling():  # a compiler fuses the pass that `_Mean` saves
+    # A compiler fuses the pass that `_Mean` saves; without gradients there is none.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return x_NCHW.mean((2, 3))
     signals_NC: Tensor = _Mean.apply(x_NCHW)  # type: ignore[no-untyped-call]
     return signals_NC
