@@ -135,7 +135,7 @@ def work(row: str, folder: str, out: Path, quick: bool) -> None:
         run = stack.enter_context(open_session(cfg, make_plan(cfg, RANKS, data_facts(cfg.data)), world))
         stack.callback(lambda: run.engine.close())
         model = create_model(cfg.model, CLASSES)
-        found = measure(run, model, batch, steps=2 if quick else 5, turns=3 if quick else 9)
+        found = measure(run, model, batch, steps=2 if quick else 5, turns=3 if quick else 5)
     if world.rank == 0:
         out.write_text(json.dumps(found))
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 
 def test_the_page_has_mean_spread_and_picture(tmp_path: Path) -> None:
     results = [
-        Result(gate, seed, 80.0 + seed + place, 100.0 + seed, 1000 + place)
+        Result(gate, seed, 80.0 + seed + place, 100.0 + seed, 1000 + place, 59904)
         for place, gate in enumerate(GATE_NAMES)
         for seed in range(3)
     ]
@@ -23,7 +23,9 @@ def test_the_page_has_mean_spread_and_picture(tmp_path: Path) -> None:
     page = (tmp_path / "study.md").read_text()
     assert "| `none` | 81.00 | 80.00 .. 82.00 | 3 | 1,000 | 101 |" in page
     assert "| `se` | 82.00 | 81.00 .. 83.00 | 3 | 1,001 | 101 |" in page
-    assert "1 epoch(s)" in page
+    assert "59,904 training images a run (epochs: 1)" in page
+    assert "lie within 5.00 points; the seeds of one gate within up to 2.00" in page
+    assert "a difference that seeds alone do not explain" in page
     assert "images a CPU second" in page
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
