@@ -170,7 +170,7 @@ def write_record(path: Path, record: JobRecord) -> None:
     write_json(path, asdict(record))
 
 
-def write_json(path: Path, facts: Facts) -> None:
+def write_json(path: Path, facts: Facts, durable: bool = True) -> None:
     """Replace the file at `path` as a whole: a reader sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -178,7 +178,8 @@ def write_json(path: Path, facts: Facts) -> None:
         json.dump(facts, file, indent=1)
         file.write("\n")
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
     partial.replace(path)
 
 

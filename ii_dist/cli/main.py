@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import ii_dist
 from ii_dist.config import Plan, RunConfig, UserError, data_facts, dump_config, load_config, make_plan, ranks_on_a_node
 from ii_dist.config.errors import EXIT_DONE, ConfigError, DataError
-from ii_dist.runtime import World, this_process
+from ii_dist.runtime import World, stacks_on_request, this_process
 from ii_dist.train.export_request import SUFFIXES, plan_export
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ CONFIG_HELP = (
 
 def run() -> None:
     """Entry point of the console command."""
+    stacks_on_request(sys.stderr)
     sys.exit(main(sys.argv[1:]))
 
 

@@ -24,6 +24,7 @@ from ii_dist.config.slices import (
     Triple,
     Word,
 )
+from ii_dist.config.supervision import SupervisionConfig
 
 ImageDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -287,7 +288,7 @@ class MetricsConfig(Slice):
     boards: Names = ("console", "tensorboard", "jsonl")
 
 
-class LaunchConfig(Slice):
+class LaunchConfig(SupervisionConfig):
     """What to ask the machine or the cluster for."""
 
     executor: Literal["local", "slurm"] = "local"
