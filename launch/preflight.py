@@ -1,7 +1,7 @@
 """The check of the nodes before training: what the ranks measured, which nodes stand out, in words.
 
-In: `jobs/<job>/preflight.json`, rows of one rank each (`ii_dist.train.node_check` writes it). Out: lines for the log, and
-the hosts that the next attempt shall avoid.
+In: `jobs/<job>/preflight.json`, rows of one rank each (`ii_dist.train.node_check` writes it). Out: lines for the
+log, and the hosts that the next attempt shall avoid.
 """
 
 import json

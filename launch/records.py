@@ -160,7 +160,7 @@ def preflight_path(folder: RunFolder, job: str) -> Path:
 def newest_step(folder: RunFolder) -> int:
     """The newest committed step by its name (which only a commit makes); 0 = none. Reads no content."""
     try:
-        names = os.listdir(folder.checkpoints)
+        names = [path.name for path in folder.checkpoints.iterdir()]
     except FileNotFoundError:
         return 0
     return max((step for name in names if (step := parse_step(name)) is not None), default=0)

@@ -47,5 +47,5 @@ class Heartbeat:
 
 
 def stacks_on_request(out: TextIO) -> None:
-    """From now on SIGUSR1 writes the stacks of all threads to `out`, whatever holds the interpreter; the rank goes on."""
+    """From now on SIGUSR1 writes the stacks of all threads to `out`, whatever holds the interpreter lock."""
     faulthandler.register(STACKS_SIGNAL, file=out, all_threads=True)

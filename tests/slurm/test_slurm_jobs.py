@@ -14,6 +14,7 @@ from ii_dist.config import ClusterError, ConfigError, LaunchConfig, RunConfig, R
 from launch import slurm as submission
 from launch.folder import private_folder
 from launch.job import TrainJob
+from launch.output import without_stamps
 from launch.records import JobRecord, read_record
 from launch.rendezvous import slurm_port
 from tests.unit.launch.cases import ROOT, wait_until
@@ -41,7 +42,7 @@ class Submitted:
 
     def log(self, rank: int) -> str:
         path = self.folder.rank_log(self.id, rank)
-        return path.read_text() if path.exists() else ""
+        return without_stamps(path.read_bytes()).decode() if path.exists() else ""
 
     def ready(self) -> None:
         for rank in (0, 1):
