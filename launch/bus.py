@@ -32,21 +32,26 @@ class Wire:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.settimeout(_SEND_S)
+        connection.setblocking(False)
         self._rest = b""
+        self._early: list[bytes] = []
+        """Lines that came together with the one that was waited for."""
         self.lost = False
 
     def send(self, message: Message) -> None:
         try:
+            self._socket.settimeout(_SEND_S)
             self._socket.sendall(json.dumps(message).encode() + b"\n")
         except OSError:
             self.lost = True
+        finally:
+            self._socket.setblocking(False)
 
     def take(self) -> list[Message]:
         """What has arrived; never waits. Nonsense ends the connection."""
-        lines: list[bytes] = []
+        lines, self._early = self._early, []
         try:
-            while new := self._socket.recv(1 << 16, socket.MSG_DONTWAIT):
+            while new := self._socket.recv(1 << 16):
                 *whole, self._rest = (self._rest + new).split(b"\n")
                 lines += whole
                 if len(self._rest) > _LONGEST_BYTES:
@@ -70,6 +75,7 @@ class Wire:
                 ready.register(self._socket, selectors.EVENT_READ)
                 ready.select(left_s)
             if taken := self.take():
+                self._early = [json.dumps(message).encode() for message in taken[1:]]
                 return taken[0]
         return None
 
@@ -83,6 +89,7 @@ class Bus:
     def __init__(self, node_rank: int, wires: dict[int, Wire]) -> None:
         self.node_rank = node_rank
         self._wires = wires
+        self._waiting: list[tuple[int, Message]] = []
 
     @property
     def others(self) -> set[int]:
@@ -98,9 +105,13 @@ class Bus:
             if not wire.lost:
                 wire.send({"kind": kind, **facts})
 
-    def poll(self) -> list[tuple[int, Message]]:
-        """What has arrived, with the node that said it."""
-        return [(node, message) for node, wire in self._wires.items() if not wire.lost for message in wire.take()]
+    def poll(self, *kinds: str) -> list[tuple[int, Message]]:
+        """What has arrived of these kinds, with the node that said it; other kinds wait for who asks for them."""
+        arrived = [(node, message) for node, wire in self._wires.items() if not wire.lost for message in wire.take()]
+        self._waiting += arrived
+        taken = [pair for pair in self._waiting if pair[1].get("kind") in kinds]
+        self._waiting = [pair for pair in self._waiting if pair[1].get("kind") not in kinds]
+        return taken
 
     def close(self) -> None:
         for wire in self._wires.values():

@@ -147,8 +147,8 @@ class Round:
     def _listen(self, bus: Bus) -> None:
         """Ranks of another node failed, or the node is gone: end these too. Node 0 passes it on."""
         failing, hang = bool(bus.lost), False
-        for _, message in bus.poll():
-            if message.get("kind") == "failing" and message.get("restart") == self._start.restart:
+        for _, message in bus.poll("failing"):
+            if message.get("restart") == self._start.restart:
                 failing, hang = True, hang or message.get("hang") is True
         if failing and not self._told:
             self._told = True

@@ -127,14 +127,16 @@ class Supervisor:
     def _next_start(self, limit_s: float | None) -> "Start | Ending":
         """What node 0 orders; None = wait for as long as node 0 is there."""
         until_s = None if limit_s is None else time.monotonic() + limit_s
-        while not self._bus.lost and self._bus.others and (until_s is None or time.monotonic() < until_s):
+        while self._bus.others and (until_s is None or time.monotonic() < until_s):
             self._note_asked()
-            for _, message in self._bus.poll():
-                if message.get("kind") == "start":
+            lost = self._bus.lost  # before the last look: node 0 may have spoken and left
+            for _, message in self._bus.poll("start", "leave"):
+                if message["kind"] == "start":
                     command = (*self._job.command, str(self._folder.config))
                     return Start(int(message["restart"]), self._place.master_addr, int(message["port"]), command)
-                if message.get("kind") == "leave":
-                    return Ending(**message["ending"])
+                return Ending(**message["ending"])
+            if lost:
+                break
             time.sleep(_WAIT_S)
         if not self._bus.others:
             return Ending(EXIT_STOPPED, "stopped as asked, before the ranks were started", "stopped")
@@ -166,8 +168,8 @@ class Supervisor:
             if not failed:
                 until_s = time.monotonic() + ANSWER_S + self._job.grace_s
             self._note_asked()
-            for node, message in self._bus.poll():
-                if message.get("kind") == "ended" and message.get("restart") == restart:
+            for node, message in self._bus.poll("ended"):
+                if message.get("restart") == restart:
                     endings[node] = Ending(**message["ending"])
             time.sleep(_WAIT_S)
         for node in self._bus.others - set(endings):

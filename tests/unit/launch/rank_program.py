@@ -7,7 +7,8 @@ parent (starts a child in its own group, then sleeps) | after:MARK:BEHAVIOUR (wa
 commit:FOLDER:N:BEHAVIOUR (a committed step N stands in FOLDER first) | steps:N:BEHAVIOUR (N signs of life first) |
 hang:gil (a thread holds the interpreter) | hang:stop (SIGSTOP) | hang:read (a read that never ends) |
 hang:wait (deaf, in a wait) | save:SECONDS:BEHAVIOUR (tells of a save that took so long).
-A list of behaviours: one a start of the ranks, the last one for all further ones.
+A list of behaviours: one a start of the ranks (restarts and attempts added up), the last one for all
+further ones.
 """
 
 import json
@@ -102,7 +103,8 @@ def act(behaviour: str) -> int:
 def this_start(behaviours: str | list[str]) -> str:
     if isinstance(behaviours, str):
         return behaviours
-    return behaviours[min(int(os.environ["II_DIST_ATTEMPT"]) % 1000, len(behaviours) - 1)]
+    attempt, restart = divmod(int(os.environ["II_DIST_ATTEMPT"]), 1000)
+    return behaviours[min(attempt + restart, len(behaviours) - 1)]
 
 
 if __name__ == "__main__":

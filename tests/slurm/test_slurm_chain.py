@@ -1,0 +1,128 @@
+"""A run goes on by itself on a real SLURM of two nodes: signals, requeues from outside, preemption, a lost node."""
+
+import subprocess
+import time
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from launch import slurm as submission
+from launch.records import JobRecord, cancel_path, read_record, write_json
+from tests.slurm.conftest import cluster
+from tests.slurm.test_slurm_jobs import Submitted
+from tests.unit.launch.cases import ROOT, is_gone, wait_until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
+
+POLITE = {"0": ["polite", "exit:0"], "1": ["polite", "exit:0"]}
+
+
+@pytest.fixture(autouse=True)
+def from_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def scontrol(*arguments: str) -> None:
+    subprocess.run(["scontrol", *arguments], check=False, capture_output=True)
+
+
+def started_again(job: Submitted, limit_s: float = 90.0) -> None:
+    """Wait for the requeue; spare the test the seconds that SLURM lets a requeued job wait."""
+    wait_until(lambda: "Restarts=1" in job.facts(), limit_s)
+    wait_until(
+        lambda: scontrol("update", f"jobid={job.id}", "starttime=now") or job.log(0).count("== job") == 2, limit_s
+    )
+
+
+def first_and_last(job: Submitted) -> tuple[dict[str, object], JobRecord]:
+    record = job.ended()
+    assert len(record.earlier) == 1
+    return record.earlier[0], record
+
+
+def test_a_signal_is_followed_by_a_requeue(tmp_path: Path) -> None:
+    job = Submitted(tmp_path, POLITE, "usr2")
+    job.ready()
+    subprocess.run(["scancel", "--signal=USR2", job.id], check=True)
+    started_again(job)
+    first, last = first_and_last(job)
+    assert (first["exit_code"], first["asked"], first["requeued"]) == (75, "SIGUSR2", "scontrol")
+    assert (last.attempt, last.exit_code, last.ended_as) == (1, 0, "finished")
+    assert "Restarts=1" in job.facts()
+
+
+def test_what_a_person_cancels_stays_cancelled(tmp_path: Path) -> None:
+    job = Submitted(tmp_path, POLITE, "cancel")
+    job.ready()
+    write_json(cancel_path(job.folder, job.id), {"time": "now", "by": "test"})
+    subprocess.run(["scancel", "--signal=USR2", job.id], check=True)
+    record = job.ended()
+    assert (record.exit_code, record.ended_as, record.requeued) == (75, "stopped", "")
+    assert "Restarts=0" in job.facts()
+
+
+def test_a_requeue_from_outside_is_one_requeue(tmp_path: Path) -> None:
+    job = Submitted(tmp_path, POLITE, "outside")
+    job.ready()
+    scontrol("requeue", job.id)
+    started_again(job)
+    first, last = first_and_last(job)
+    assert (first["exit_code"], last.exit_code, last.attempt) == (75, 0, 1)
+    assert "Restarts=1" in job.facts()
+
+
+def test_where_requeue_is_not_allowed_a_new_job_goes_on(tmp_path: Path) -> None:
+    job = Submitted(tmp_path, {"0": ["polite"], "1": ["polite"]}, "dependent")
+    job.ready()
+    scontrol("update", f"jobid={job.id}", "requeue=0")
+    subprocess.run(["scancel", "--signal=USR2", job.id], check=True)
+    record = job.ended()
+    assert record.requeued.startswith("job ")
+    new = record.requeued.removeprefix("job ")
+    log = job.folder.rank_log(new, 0)
+    wait_until(lambda: log.exists() and "0 ready" in log.read_text())
+    write_json(cancel_path(job.folder, new), {"time": "now", "by": "test"})
+    subprocess.run(["scancel", "--signal=USR2", new], check=True)
+    wait_until(lambda: not submission.may_go_on(new))
+    last = read_record(job.folder.job(new))
+    assert last is not None
+    assert (last.exit_code, last.attempt) == (75, 0)
+
+
+def test_preemption_is_named_and_followed_by_a_requeue(tmp_path: Path) -> None:
+    job = Submitted(tmp_path, POLITE, "low", partition="low")
+    job.ready()
+    high = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--time=1", "--wrap=srun sleep 3"]
+    done = subprocess.run(high, capture_output=True, text=True, check=True, cwd=tmp_path)
+    wait_until(lambda: not submission.may_go_on(done.stdout.strip()), 60)
+    started_again(job)
+    first, last = first_and_last(job)
+    assert (first["exit_code"], first["ended_as"]) == (75, "preempted")
+    assert (last.exit_code, last.attempt) == (0, 1)
+
+
+def test_a_killed_rank_restarts_both_nodes(tmp_path: Path) -> None:
+    job = Submitted(tmp_path, {"0": ["sleep", "exit:0"], "1": ["steps:5:die:SIGKILL", "exit:0"]}, "kill")
+    record = job.ended()
+    assert (record.exit_code, record.restarts, record.attempt) == (0, 1, 0)
+    assert (record.rounds[0]["failed_rank"], record.rounds[0]["failed_host"]) == (1, "node2")
+    ended, started = (datetime.fromisoformat(record.rounds[i][key]) for i, key in ((0, "end"), (1, "start")))
+    assert (started - ended).total_seconds() < 5
+
+
+def test_a_lost_node_is_followed_by_a_new_attempt(tmp_path: Path) -> None:
+    job = Submitted(tmp_path, {"0": ["steps:5:sleep", "exit:0"], "1": ["steps:5:sleep", "exit:0"]}, "crash")
+    job.ready()
+    began_s = time.monotonic()
+    assert cluster("crash", "node2").returncode == 0
+    try:
+        wait_until(lambda: (r := read_record(job.folder.job(job.id))) and r.ended_as == "node_failure", 60)
+        assert time.monotonic() - began_s < 30
+    finally:
+        assert cluster("boot", "node2").returncode == 0
+    started_again(job)
+    first, last = first_and_last(job)
+    assert (first["ended_as"], first["failed_host"]) == ("node_failure", "node2")
+    assert (last.exit_code, last.attempt) == (0, 1)
+    assert is_gone(last.supervisor_pid) or last.host != "node1"
