@@ -78,6 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="every network with every gate: parameters, MACs, published counts")
     models.set_defaults(command=_models, overrides=[])
     _add_export(commands)
+    check = commands.add_parser("check-nodes", help="measure the nodes of a job (what launch.preflight starts)")
+    check.add_argument("config", type=Path, help=CONFIG_HELP)
+    check.add_argument("out", type=Path, metavar="FILE", help="the measurements, JSON")
+    check.set_defaults(command=_check_nodes, overrides=[])
     return parser
 
 
@@ -113,6 +117,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     from ii_dist.train.commands import evaluate_checkpoint
 
     return _ended(evaluate_checkpoint(cfg, plan, world, args.path))
+
+
+def _check_nodes(args: argparse.Namespace) -> int:
+    cfg = load_config(args.config, args.overrides)
+    from ii_dist.train.node_check import check_nodes
+
+    return check_nodes(cfg, this_process(), args.out)
 
 
 def _models(_args: argparse.Namespace) -> int:
