@@ -1,15 +1,20 @@
 """A run goes on by itself on a real SLURM of two nodes: signals, requeues from outside, preemption, a lost node."""
 
+import re
 import subprocess
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from ii_dist.config import RunFolder
 from launch import slurm as submission
-from launch.records import JobRecord, cancel_path, read_record, write_json
+from launch.output import without_stamps
+from launch.records import JobRecord, cancel_path, newest_step, read_record, write_json
 from tests.slurm.conftest import cluster
+from tests.fault_table import note
 from tests.slurm.test_slurm_jobs import Submitted
 from tests.unit.launch.cases import ROOT, wait_until
 
@@ -112,6 +117,7 @@ def test_a_killed_rank_restarts_both_nodes(tmp_path: Path) -> None:
     assert (record.rounds[0]["failed_rank"], record.rounds[0]["failed_host"]) == (1, "node2")
     ended, started = (datetime.fromisoformat(record.rounds[i][key]) for i, key in ((0, "end"), (1, "start")))
     assert (started - ended).total_seconds() < 5
+    note("kill -9 of a rank, two nodes (no torch)", None, (started - ended).total_seconds(), None, "restart <= 20 s")
 
 
 def test_a_lost_node_is_followed_by_a_new_attempt(tmp_path: Path) -> None:
@@ -121,7 +127,8 @@ def test_a_lost_node_is_followed_by_a_new_attempt(tmp_path: Path) -> None:
     assert cluster("crash", "node2").returncode == 0
     try:
         wait_until(lambda: (r := read_record(job.folder.job(job.id))) and r.ended_as == "node_failure", 60)
-        assert time.monotonic() - began_s < 30
+        noticed_s = time.monotonic() - began_s
+        assert noticed_s < 30
     finally:
         assert cluster("boot", "node2").returncode == 0
 
@@ -131,7 +138,50 @@ def test_a_lost_node_is_followed_by_a_new_attempt(tmp_path: Path) -> None:
         return record if record is not None and record.ended_as == "finished" else None
 
     last: JobRecord = wait_until(finished, 90)
+    note("crash of a node (no torch)", noticed_s, time.monotonic() - began_s, None, "<= 35 s after SLURM notices")
     assert last.exit_code == 0
     assert {before["ended_as"] for before in last.earlier} == {"node_failure"}
     assert last.earlier[0]["failed_host"] == "node2"
     wait_until(lambda: not submission.may_go_on(job.id))
+
+
+def digits_run(tmp_path: Path) -> tuple[str, RunFolder]:
+    """The id of a submitted job of the demo's run on two nodes, and its folder."""
+    digits = [sys.executable, "-m", "tools.import_dataset", "digits", "--out", str(tmp_path / "digits")]
+    subprocess.run(digits, cwd=ROOT, check=True, capture_output=True, timeout=60)
+    command = [sys.executable, "-m", "launch", "submit", "configs/demo/digits.yaml", f"runs_folder={tmp_path}/runs"]
+    command += [f"data.root={tmp_path}/digits", "train.epochs=6", "launch.preflight=true", "--no-follow"]
+    cluster_file = ["--cluster", "configs/clusters/slurm_test.yaml"]
+    done = subprocess.run([*command, *cluster_file], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return re.findall(r"^job (\d+)", done.stdout, re.MULTILINE)[0], RunFolder(tmp_path / "runs" / "digits")
+
+
+def test_a_training_goes_on_after_a_signal_without_losing_a_step(tmp_path: Path) -> None:
+    """Real ranks, real images, nodes checked before: a signal in the middle, a requeue, the end."""
+    job, folder = digits_run(tmp_path)
+    log = folder.rank_log(job, 0)
+
+    def said(words: str) -> list[str]:
+        return re.findall(words, without_stamps(log.read_bytes()).decode()) if log.exists() else []
+
+    wait_until(lambda: said(r"step +[2-9]/"), 240)
+    subprocess.run(["scancel", "--signal=USR2", job], check=True)
+    wait_until(lambda: (r := read_record(folder.job(job))) and r.attempt == 0 and r.end, 60)
+    newest = newest_step(folder)
+    assert int(said(r"step +(\d+)/\d+ +epoch")[-1]) == newest
+    asked_s = time.monotonic()
+
+    def resumed() -> list[str]:
+        scontrol("update", f"jobid={job}", "starttime=now")
+        return said(r"resuming after step (\d+)")
+
+    assert wait_until(resumed, 240) == [str(newest)]
+    note("SIGUSR2, requeue, training again", None, time.monotonic() - asked_s, 0, "0 steps lost")
+    assert (folder.jobs / job / "preflight.json").is_file()
+    scontrol("requeue", job)  # a person, or an administrator: twice in one run
+    wait_until(lambda: (r := read_record(folder.job(job))) and len(r.earlier) == 2, 120)
+    write_json(cancel_path(folder, job), {"time": "now", "by": "test"})
+    subprocess.run(["scancel", job], check=True)
+    wait_until(lambda: not submission.may_go_on(job), 60)
+    assert newest_step(folder) >= newest

@@ -1,5 +1,6 @@
 """Causes, blame, time and requeue decisions: pure functions against cases worked out by hand."""
 
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -249,8 +250,6 @@ def test_what_all_nodes_have_is_no_node_s_fault() -> None:
 
 
 def test_the_output_of_ranks_survives_long_and_torn_lines(tmp_path: Path) -> None:
-    import os
-
     pump, log = OutputPump(), tmp_path / "log"
     pipe = pump.add(3, log)
     pump.start()
