@@ -1,4 +1,4 @@
-# make setup | demo | test | check | bench | study-gates | gpu-check
+# make setup | demo | test | check | bench | study-gates | gpu-check | fault-table
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Both set up first.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DATA := data/digits
 
-.PHONY: setup demo test check bench study-gates gpu-check clean
+.PHONY: setup demo test check bench study-gates gpu-check fault-table clean
 
 setup: $(VENV)/.setup-done
 
@@ -36,6 +36,12 @@ study-gates: setup
 bench: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[bench]'
 	$(BIN)/python -m benchmarks.run_all
+
+# What faults cost: real processes killed and hung, a real SLURM (see tests/slurm). About ten minutes.
+fault-table: setup
+	rm -f docs/launch-faults.md
+	II_DIST_FAULT_TABLE=docs/launch-faults.md II_DIST_RANDOM_STOPS=20 $(BIN)/python -m pytest -q \
+	  --timeout 1800 tests/ranks/test_launch_faults.py tests/slurm/test_slurm_chain.py
 
 gpu-check: setup
 	$(BIN)/python -m pytest -m gpu

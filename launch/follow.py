@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from launch.output import without_stamps
 from launch.ranks import StopSignals
 from launch.records import JobRecord, read_record
 
@@ -27,10 +28,12 @@ class LogTail:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
                 new = file.read()
+                new = new[: new.rfind(b"\n") + 1]  # whole lines
         except FileNotFoundError:
             return
         if new:
             self._offset += len(new)
+            new = without_stamps(new)
             sys.stdout.write(new.decode("utf-8", "replace"))
             sys.stdout.flush()
 

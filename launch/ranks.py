@@ -1,7 +1,7 @@
 """Starts, watches and ends the ranks of one node.
 
 In: a command, one environment and one log file a rank, stop requests. Out: a `GroupResult`: one exit code for the node,
-the rank to blame, and why. No rank outlives the supervisor, whatever happens to it.
+the rank to blame, and why. No rank outlives the supervisor, whatever happens to it. `rounds` polls what is here.
 """
 
 import contextlib
@@ -15,16 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from ii_dist.config.errors import EXIT_BUG, EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED
+from ii_dist.config.errors import EXIT_DONE, EXIT_ENVIRONMENT, EXIT_STOPPED
+from launch.output import OutputPump, without_stamps
+from launch.verdict import blame
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 POLL_S = 0.1
-GRACE_S = 10.0
+GRACE_S = 5.0
 """Then ranks that outlived a failed one are killed: they may wait for it in a collective."""
 SETTLE_S = 1.0
 """Time for ranks that fail together to be seen together, so that the cause is named and not an echo of it."""
 AGAIN_S = 1.0
 """A request repeated sooner is taken for the same one: schedulers send a signal over several ways at once."""
+STACKS_SIGNAL = signal.SIGUSR1
+"""Ranks write the stacks of their threads (`ii_dist.runtime.heartbeat`); a rank that does not know it dies of it."""
+STACKS_S = 3.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -35,6 +40,8 @@ class RankStart:
     rank: int
     environ: Mapping[str, str]
     log: Path
+    cores: tuple[int, ...] = ()
+    """Cores to run on; none = all of the supervisor's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,8 @@ class GroupResult:
     exit_code: int
     failed_rank: int | None
     why: str
+    echo: bool = False
+    """The ranks only ended because those of another node had to."""
 
 
 class StopSignals:
@@ -67,6 +76,10 @@ class StopSignals:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self._arrived.append(signum)
 
+    def pending(self) -> bool:
+        """Whether there are requests that nobody has taken yet."""
+        return bool(self._arrived)
+
     def take(self) -> list[int]:
         """Requests since the last call, oldest first."""
         taken, self._arrived = self._arrived, []
@@ -78,6 +91,7 @@ class RankGroup:
 
     def __init__(self, grace_s: float, again_kills: bool) -> None:
         self._live: dict[int, subprocess.Popen[bytes]] = {}
+        self._logs: dict[int, Path] = {}
         self._grace_s = grace_s
         self._again_kills = again_kills
         self._codes: dict[int, int] = {}
@@ -87,25 +101,46 @@ class RankGroup:
         self._asked_at_s: float | None = None
         self._terminated_at_s: float | None = None
         self._forced_by = 0
+        self._ended_for_others = False
+        self._pump = OutputPump()
 
     def start(self, command: Sequence[str], starts: Sequence[RankStart]) -> None:
         """Start every rank, its output appended to its log, in a process group of its own."""
         before_exec = _dies_with_parent()
         for start in starts:
-            with start.log.open("ab") as log:
-                self._live[start.rank] = subprocess.Popen(
+            pipe = self._pump.add(start.rank, start.log)
+            try:
+                process = subprocess.Popen(
                     list(command),
                     env=dict(start.environ),
                     stdin=subprocess.DEVNULL,
-                    stdout=log,
+                    stdout=pipe,
                     stderr=subprocess.STDOUT,
                     process_group=0,  # so that a rank's own children can be ended with it
                     preexec_fn=before_exec,
                 )
+            finally:
+                os.close(pipe)
+            self._live[start.rank] = process
+            self._logs[start.rank] = start.log
+            if start.cores:
+                with contextlib.suppress(OSError):  # gone already
+                    os.sched_setaffinity(process.pid, start.cores)
+        self._pump.start()
 
     @property
     def alive(self) -> bool:
         return bool(self._live)
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """The live ranks and their processes."""
+        return {rank: process.pid for rank, process in self._live.copy().items()}
+
+    @property
+    def failing(self) -> bool:
+        """Whether a rank of this node failed by itself."""
+        return bool(self._failures)
 
     def ask_to_stop(self, signum: int) -> None:
         """Pass a stop request on to every rank once; a later SIGTERM or SIGINT may mean: now.
@@ -142,23 +177,56 @@ class RankGroup:
         if failed_since_s >= SETTLE_S + self._grace_s:
             self.kill()
 
+    def end_for_others(self) -> None:
+        """Ranks of another node failed: these have `grace_s` left."""
+        if self._failed_at_s is None:
+            self._ended_for_others = True
+            self._failed_at_s = time.monotonic() - SETTLE_S
+
+    def write_stacks(self, note: str) -> None:
+        """Have every live rank write the stacks of its threads to its log, under a line of ours."""
+        self._ended_by_us.update(self._live)
+        logs = {rank: log for rank, log in self._logs.items() if rank in self._live}
+        for log in logs.values():
+            with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
+                file.write(f"== {note}\n")
+        self._signal(STACKS_SIGNAL)
+        self._signal(signal.SIGCONT)  # a stopped process sees no other signal
+        until_s, sizes = time.monotonic() + STACKS_S, -1
+        while self._live and time.monotonic() < until_s:
+            time.sleep(0.5)
+            self.reap()
+            before, sizes = sizes, sum(log.stat().st_size for log in logs.values() if log.exists())
+            if before == sizes:
+                return
+
     def kill(self) -> None:
         """End every live rank at once, with all its children."""
         self._ended_by_us.update(self._live)
         for process in self._live.values():
             _kill_group(process.pid)
 
+    def close(self) -> None:
+        """Kill what is left, wait for it, carry the last words to the logs."""
+        self.kill()
+        for rank, process in self._live.items():
+            self._codes[rank] = process.wait()
+        self._live.clear()
+        self._pump.close()
+
     def result(self) -> GroupResult:
         """Judge the ended group. A rank that died of a stop signal before it could listen has stopped as asked."""
         if self._forced_by:
-            name = _signal_name(self._forced_by)
+            name = signal_name(self._forced_by)
             return GroupResult(128 + self._forced_by, None, f"ended at once by a second {name}; nothing was saved")
         asked = self._asked_at_s is not None
         failures = [(r, code) for r, code in self._failures if not (asked and -code in STOP_SIGNALS)]
+        if not failures and self._ended_for_others:
+            return GroupResult(EXIT_ENVIRONMENT, None, "ended because ranks of another node had", echo=True)
         if failures:
-            rank, code = min(failures, key=_blame)
+            rank, code = min(failures, key=lambda pair: blame(*pair))
             if code < 0:
-                return GroupResult(128 - code, rank, f"rank {rank} was killed by {_signal_name(-code)}")
+                return GroupResult(128 - code, rank, f"rank {rank} was killed by {signal_name(-code)}")
             return GroupResult(code, rank, f"rank {rank} ended with exit code {code}")
         if self._failures or EXIT_STOPPED in self._codes.values():
             return GroupResult(EXIT_STOPPED, None, "stopped as asked")
@@ -169,54 +237,19 @@ class RankGroup:
             process.send_signal(signum)
 
 
-def run_ranks(
-    command: Sequence[str],
-    starts: Sequence[RankStart],
-    stop: StopSignals,
-    again_kills: bool,
-    grace_s: float,
-) -> GroupResult:
-    """Run all ranks of this node to their end. Blocks for at most `POLL_S` at a time, so that no signal waits.
-
-    again_kills: a second SIGTERM or SIGINT kills the ranks (a person at a keyboard); a scheduler kills by itself.
-    """
-    if stop.take():
-        return GroupResult(EXIT_STOPPED, None, "stopped as asked, before the ranks were started")
-    group = RankGroup(grace_s, again_kills)
-    try:
-        group.start(command, starts)
-        while group.alive:
-            for signum in stop.take():
-                group.ask_to_stop(signum)
-            group.reap()
-            time.sleep(POLL_S)
-    finally:
-        group.kill()
-    for signum in stop.take():  # arrived while the last rank ended: it explains a rank that died of it
-        group.ask_to_stop(signum)
-    return group.result()
-
-
 def last_lines(path: Path, lines: int, limit_bytes: int = 16384) -> list[str]:
     """The end of a log, at most `lines` and `limit_bytes`; nothing where there is no log."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - limit_bytes))
-            text = file.read().decode("utf-8", "replace")
+            text = without_stamps(file.read()).decode("utf-8", "replace")
     except FileNotFoundError:
         return []
     return text.splitlines()[-lines:]
 
 
-def _blame(pair: tuple[int, int]) -> tuple[int, int]:
-    """Of ranks that failed together: a killed one, then a user's error, a cluster's (a lost peer), a traceback."""
-    rank, code = pair
-    order = {EXIT_ENVIRONMENT: 2, EXIT_BUG: 3}
-    return (0 if code < 0 else order.get(code, 1), rank)
-
-
-def _signal_name(signum: int) -> str:
+def signal_name(signum: int) -> str:
     names = {int(known): known.name for known in signal.Signals}
     return names.get(signum, f"signal {signum}")  # most real-time signals have no name
 

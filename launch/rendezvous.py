@@ -7,13 +7,14 @@ job and attempt on SLURM, because every node must know it and a ghost of an earl
 import re
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ii_dist.config import ClusterError
 
 FIRST_PORT = 20000
 PORTS = 12000
+FIRST_BUS_PORT, BUS_PORTS, BUS_TRIES = 16000, 4000, 8
 """Below Linux's ephemeral ports (32768 and up), so that no outgoing connection sits on one by chance."""
 
 
@@ -45,10 +46,33 @@ def slurm_place(environ: Mapping[str, str], master_port: int) -> Place:
     return Place(job, attempt, node_rank, hosts, hosts[0], master_port or slurm_port(job, attempt))
 
 
-def slurm_port(job: str, attempt: int) -> int:
-    """Same on every node, another for the neighbour job and for the next attempt."""
-    number = int(re.sub(r"\D", "", job) or "0")
-    return FIRST_PORT + (number * 7 + attempt * 1009) % PORTS
+def slurm_port(job: str, attempt: int, restart: int = 0) -> int:
+    """Same on every node, another for the neighbour job, the next attempt and the next restart of the ranks."""
+    return FIRST_PORT + (_number(job) * 7 + attempt * 1009 + restart * 101) % PORTS
+
+
+def bus_ports(job: str, attempt: int) -> tuple[int, ...]:
+    """Where the supervisor of node 0 listens for the others: the first of these that is free."""
+    first = (_number(job) * 7 + attempt * 1009) % (BUS_PORTS - BUS_TRIES)
+    return tuple(FIRST_BUS_PORT + first + further for further in range(BUS_TRIES))
+
+
+def launch_number(attempt: int, restart: int) -> int:
+    """One number for a start of the ranks that rises over restarts and attempts of a job: who is a ghost of whom."""
+    return attempt * 1000 + min(restart, 999)
+
+
+def open_port(ports: Iterable[int]) -> int:
+    """The first of these ports of this machine on which rank 0 can listen. Raises ClusterError where none is."""
+    last: ClusterError | None = None
+    for port in ports:
+        try:
+            require_port(port)
+            return port
+        except ClusterError as error:
+            last = error
+    assert last is not None
+    raise last
 
 
 def free_port() -> int:
@@ -81,6 +105,10 @@ def _hostnames(nodelist: str) -> tuple[str, ...]:
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         raise ClusterError(f"scontrol show hostnames {nodelist}: {error}") from None
     return tuple(done.stdout.split())
+
+
+def _number(job: str) -> int:
+    return int(re.sub(r"\D", "", job) or "0")
 
 
 def _variable(environ: Mapping[str, str], name: str) -> str:

@@ -24,11 +24,13 @@ from ii_dist.config import (
 from ii_dist.config.errors import EXIT_DONE, EXIT_STOPPED
 from launch import local, slurm
 from launch.account import account_lines, plan_of
+from launch.fields import watch_of
 from launch.folder import prepare_run_folder, private_folder, run_folder
 from launch.follow import follow, wait_gone
-from launch.job import SHOWN_LINES, TrainJob
+from launch.job import TrainJob
 from launch.ranks import StopSignals, last_lines
 from launch.records import JobRecord
+from launch.rounds import SHOWN_LINES
 
 QUEUE_POLL_S = 5.0
 
@@ -88,6 +90,7 @@ def train_job(cfg: RunConfig, folder: RunFolder, ranks_per_node: int, environ: M
         network_interface=cfg.launch.network_interface or "",
         cuda_visible_devices=None if on_slurm else environ.get("CUDA_VISIBLE_DEVICES"),
         umask=umask,
+        watch=watch_of(cfg.launch),
     )
 
 

@@ -25,7 +25,7 @@ from ii_dist.config import (
     ranks_on_a_node,
 )
 from ii_dist.config.errors import EXIT_DONE, ConfigError, DataError
-from ii_dist.runtime import World, this_process
+from ii_dist.runtime import World, stacks_on_request, this_process
 from ii_dist.train.export_request import SUFFIXES, plan_export
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ CONFIG_HELP = (
 
 def run() -> None:
     """Entry point of the console command."""
+    stacks_on_request(sys.stderr)
     sys.exit(main(sys.argv[1:]))
 
 
@@ -84,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     models.set_defaults(command=_models, overrides=[])
     _add_export(commands)
     _add_recalibrate(commands)
+    check = commands.add_parser("check-nodes", help="measure the nodes of a job (what launch.preflight starts)")
+    check.add_argument("config", type=Path, help=CONFIG_HELP)
+    check.add_argument("out", type=Path, metavar="FILE", help="the measurements, JSON")
+    check.set_defaults(command=_check_nodes, overrides=[])
     return parser
 
 
@@ -160,6 +165,13 @@ def _recalibrate(args: argparse.Namespace) -> int:
     from ii_dist.train.recalibrate import recalibrate
 
     return _ended(recalibrate(cfg, plan, world, args.path, args.out, args.images, args.force))
+
+
+def _check_nodes(args: argparse.Namespace) -> int:
+    cfg = load_config(args.config, args.overrides)
+    from ii_dist.train.node_check import check_nodes
+
+    return check_nodes(cfg, this_process(), args.out)
 
 
 def _models(_args: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ from ii_dist.config.slices import (
     Triple,
     Word,
 )
+from ii_dist.config.supervision import SupervisionConfig
 
 ImageDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -256,7 +257,7 @@ class MetricsConfig(Slice):
     boards: Names = ("console", "tensorboard", "jsonl")
 
 
-class LaunchConfig(Slice):
+class LaunchConfig(SupervisionConfig):
     """What to ask the machine or the cluster for."""
 
     executor: Literal["local", "slurm"] = "local"

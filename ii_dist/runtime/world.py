@@ -34,6 +34,8 @@ class World:
     """torchrun's agent already serves the rendezvous store at master_port; otherwise rank 0 serves it."""
     threads: int = 0
     """OMP_NUM_THREADS, which a launcher or a user may have set; 0 = not set."""
+    beat_file: str = ""
+    """Where the supervisor of this node looks for signs of life; "" = nobody does."""
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], gpus: int = 0) -> "World":
@@ -57,6 +59,7 @@ class World:
             agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             gpus=gpus,
             threads=threads,
+            beat_file=environ.get("II_DIST_BEATS", ""),
         )
         if not 0 <= world.rank < world.world_size or not 0 <= world.local_rank < world.local_world_size:
             raise ClusterError(

@@ -14,8 +14,10 @@ def fit(run: Session) -> bool:
     if run.evaluation_is_due():  # the attempt before this one was stopped while it evaluated
         run.evaluate()
     while engine.step < plan.total_steps and not run.stopping:
+        run.sign("data")
         with clock.data_wait():
             micro_batches = [next(batches) for _ in range(plan.accumulate_steps)]
+        run.sign("step")
         run.means.add(engine.train_step(micro_batches))  # device tensors: nobody waits
         clock.tick(plan.images_per_rank)
         run.watchdog.beat()

@@ -33,7 +33,7 @@ from ii_dist.engine import Engine, EngineParts, make_engine
 from ii_dist.metrics import Board, StepClock, make_boards
 from ii_dist.metrics.means import RunningMeans
 from ii_dist.models import create_model
-from ii_dist.runtime import Watchdog, World
+from ii_dist.runtime import Heartbeat, Watchdog, World
 from ii_dist.runtime.group import close_group, open_group, pick_device
 from ii_dist.runtime.seeds import seed_init
 from ii_dist.runtime.stop import StopRequest, StopVote
@@ -59,6 +59,9 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: Sequence[
         stop = StopRequest()
         stop.listen()
         stack.callback(stop.close)
+        heart = Heartbeat(world.beat_file)
+        stack.callback(heart.close)
+        heart.sign("start", 0)
         device = join(cfg, world, stack)
         plan = fitting_plan(cfg, plan, world, device, folder)
         lease = _own_folder(cfg, world, folder, new_config, stack)
@@ -102,6 +105,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: Sequence[
             bad_files=ledger,
             saver=saver,
             watchdog=watchdog,
+            heart=heart,
             ballot=ballot,
             results=results,
             saved_step=resumed_step,

@@ -17,7 +17,8 @@ from ii_dist.metrics import Board, StepClock
 from ii_dist.metrics.means import RunningMeans, eval_tags, train_tags
 from ii_dist.metrics.memory import memory_tags
 from ii_dist.optim import learning_rate
-from ii_dist.runtime import Watchdog, World
+from ii_dist.runtime import Heartbeat, Watchdog, World
+from ii_dist.runtime.heartbeat import Phase
 from ii_dist.runtime.stop import StopVote
 from ii_dist.train.bad_files import BadFileLedger, count_left_out, refuse_many
 from ii_dist.train.evaluate import evaluate
@@ -53,10 +54,15 @@ class Session:
     bad_files: BadFileLedger
     saver: Saver
     watchdog: Watchdog
+    heart: Heartbeat
     ballot: StopVote
     results: Results
     saved_step: int = 0
     stopping: bool = False
+
+    def sign(self, phase: Phase) -> None:
+        """Tell the supervisor that this rank lives, and what it is about to do."""
+        self.heart.sign(phase, self.engine.step)
 
     def vote(self) -> None:
         """Learn whether any rank was asked to stop."""
@@ -99,9 +105,11 @@ class Session:
 
         def interrupted() -> bool:
             self.watchdog.beat()
+            self.sign("evaluate")
             self.stopping = self.stopping or self.ballot.cast()
             return self.stopping
 
+        self.sign("evaluate")
         started_s = time.monotonic()
         with self.clock.pause():
             means = evaluate(self.engine, self.eval_source, self.device, interrupted)
@@ -117,14 +125,17 @@ class Session:
 
     def save(self) -> None:
         """Start saving this step in the background."""
+        self.sign("save")
         with self.clock.saving():
             state, position = self.engine.state(), self.train_source.position()
             scalars = {"engine": state.scalars, "results": dataclasses.asdict(self.results)}
             self.saver.save(self.engine.step, position.epoch, position.offset, state.tensors, scalars)
         self.saved_step = self.engine.step
+        self.sign("step")
 
     def finish(self) -> None:
         """Wait for the last save. Raises CheckpointError if it failed: the run's end would be lost."""
+        self.sign("finish")
         tags: dict[str, float] = {}
         results = self.saver.wait()
         self._report_saves(results, tags)
@@ -140,4 +151,5 @@ class Session:
             if result.late_s > 0.01:
                 logger.warning("step %d: waited %.2f s for the save before it", result.step, result.late_s)
             if result.ok:
+                self.heart.saved(result.seconds)
                 tags |= {"checkpoint/bytes": float(result.bytes), "checkpoint/seconds": result.seconds}

@@ -21,9 +21,9 @@ SETTINGS = {
 }
 
 
-def cluster(verb: str) -> subprocess.CompletedProcess[str]:
+def cluster(*verb: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(SCRIPT), verb], env={**os.environ, **SETTINGS}, capture_output=True, text=True, timeout=120
+        [str(SCRIPT), *verb], env={**os.environ, **SETTINGS}, capture_output=True, text=True, timeout=120
     )
 
 

@@ -6,16 +6,18 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ii_dist.config import RunFolder
+from launch.output import without_stamps
 from launch.records import JobRecord, read_record
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 LIMIT_S = 40.0
+Plan = Mapping[str, str | list[str]]
 
 
 def wait_until(what: Callable[[], Any], limit_s: float = LIMIT_S) -> Any:
@@ -44,12 +46,13 @@ class Case:
         self.job = "local-test"
         self.started: list[subprocess.Popen[str]] = []
 
-    def fields(self, plan: dict[str, str], **more: Any) -> dict[str, Any]:
+    def fields(self, plan: Plan, **more: Any) -> dict[str, Any]:
         command = (sys.executable, str(HERE / "rank_program.py"), json.dumps(plan))
         base = {"run_folder": str(self.folder.root), "executor": "local", "nodes": 1, "job": self.job}
-        return {**base, "ranks_per_node": len(plan), "command": command, **more}
+        watch = {"max_restarts": 0, **more.pop("watch", {})}
+        return {**base, "ranks_per_node": len(plan), "command": command, "watch": watch, **more}
 
-    def start(self, plan: dict[str, str], how: str = "call", **more: Any) -> subprocess.Popen[str]:
+    def start(self, plan: Plan, how: str = "call", **more: Any) -> subprocess.Popen[str]:
         self.folder.root.mkdir(exist_ok=True)
         process = subprocess.Popen(
             [sys.executable, str(HERE / "job_program.py"), how, json.dumps(self.fields(plan, **more))],
@@ -64,8 +67,9 @@ class Case:
         return process
 
     def log(self, rank: int) -> str:
+        """What the rank printed, without times."""
         path = self.folder.rank_log(self.job, rank)
-        return path.read_text() if path.exists() else ""
+        return without_stamps(path.read_bytes()).decode() if path.exists() else ""
 
     def ready(self, *ranks: int) -> list[int]:
         """Wait until these ranks sleep; their process ids."""

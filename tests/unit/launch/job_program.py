@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from ii_dist.config import RunFolder, UserError
+from launch.fields import Watch
 from launch.folder import private_folder
 from launch.job import TrainJob
 from launch.submit import submit_local
@@ -12,7 +13,7 @@ from launch.submit import submit_local
 if __name__ == "__main__":
     how, text = sys.argv[1:]
     fields = json.loads(text)
-    job = TrainJob(**{**fields, "command": tuple(fields["command"])})
+    job = TrainJob(**{**fields, "command": tuple(fields["command"]), "watch": Watch(**fields["watch"])})
     if how == "call":
         sys.exit(job())
     folder = RunFolder(Path(job.run_folder))

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from launch import ranks
+from launch.verdict import blame
 from tests.unit.launch.cases import Case, is_gone, wait_until
 
 
@@ -169,4 +170,4 @@ def test_the_cause_is_named_and_not_its_echo(case: Case) -> None:
     ],
 )
 def test_blame(together: list[tuple[int, int]], blamed: int) -> None:
-    assert min(together, key=ranks._blame)[0] == blamed
+    assert min(together, key=lambda pair: blame(*pair))[0] == blamed
