@@ -53,7 +53,7 @@ def test_all_flags_of_a_gpu_job() -> None:
     }
     (command,) = [line for line in text.splitlines() if line.startswith("srun ")]
     assert "--kill-on-bad-exit=1 --cpus-per-task=128 " in command
-    assert command.endswith(f"-m submitit.core._submit {FOLDER}")
+    assert command.endswith(f"-u -m launch.task {FOLDER}")
 
 
 def test_what_is_not_asked_for_is_not_sent() -> None:
