@@ -77,11 +77,8 @@ def _copy(roots: dict[str, Path], there: Path, digest: str) -> None:
     partial = there.with_name(f".{there.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(mode=0o700)
-    for name, root in roots.items():
-        for path in _files(root):
-            target = partial / name / path.relative_to(root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+    for name, root in roots.items():  # with times and compiled files, so that thousands of ranks need not compile
+        shutil.copytree(root, partial / name, ignore=shutil.ignore_patterns("*.so"))
     facts = {"sha256": digest, "revision": revision(roots["launch"])}
     (partial / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     try:
