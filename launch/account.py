@@ -123,7 +123,8 @@ def account_lines(run: PlannedRun, facts: dict[str, Any]) -> list[str]:
     if run.on_slurm:
         lines.append(
             f"time    {duration(cfg.launch.time_minutes * 60)} a job, told to stop {cfg.launch.signal_lead_s} s before;"
-            f" {account.needed_images_per_s:,.0f} images/s ({account.needed_images_per_s / run.ranks:,.0f} a rank)"
+            f" {per_second(account.needed_images_per_s)} images/s"
+            f" ({per_second(account.needed_images_per_s / run.ranks)} a rank)"
             " would do it in one job"
         )
     return [*lines, *_speed_lines(run, account), _disk_line(cfg, account)]
@@ -134,7 +135,7 @@ def _speed_lines(run: PlannedRun, account: Account) -> list[str]:
         return ["speed   unknown: set launch.expected_images_per_s_per_rank for jobs, requeues and GPU-hours"]
     unit = "GPU-hours" if run.cfg.engine.device != "cpu" and _gpus(run.cfg) else "rank-hours"
     lines = [
-        f"speed   {account.images_per_s:,.0f} images/s ({account.images_per_s / run.ranks:,.0f} a rank;"
+        f"speed   {per_second(account.images_per_s)} images/s ({per_second(account.images_per_s / run.ranks)} a rank;"
         f" {account.speed_from})"
     ]
     if run.on_slurm:

@@ -102,6 +102,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86400:.1f} d"
 
 
+def per_second(rate: float) -> str:
+    """1,234 or 12 or 0.34."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 def gigabytes(count: float) -> str:
     """1.2 MB, 3.4 GB: powers of ten, as disks are sold."""
     for limit, unit in ((1e6, "kB"), (1e9, "MB"), (1e12, "GB")):

@@ -43,7 +43,7 @@ class PlannedRun:
         return slurm.sbatch_parameters(self.cfg, self.ranks_per_node, self.mounts)
 
     def python_words(self, code: Path) -> slurm.Words:
-        return slurm.python_words(self.cfg, python_variables(code), self.mounts)
+        return slurm.python_words(self.cfg, python_variables(code, os.environ), self.mounts)
 
     def train_job(self) -> TrainJob:
         """The job that Submitit pickles: plain fields taken from the config."""

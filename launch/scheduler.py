@@ -52,7 +52,10 @@ class LiveJob:
         return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
     def belongs_to(self, run_folder: Path) -> bool:
-        return self.script.startswith(f"{run_folder}/jobs/")
+        """Whether it was submitted from this run folder, by whatever name either goes."""
+        if self.script.startswith(f"{run_folder}/jobs/"):
+            return True
+        return self.script.startswith("/") and Path(self.script).parent.resolve().is_relative_to(run_folder.resolve())
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from ii_dist.config import ClusterError, RunFolder
@@ -52,9 +53,13 @@ def digest_of(roots: dict[str, Path]) -> str:
     return total.hexdigest()
 
 
-def python_variables(code: Path) -> dict[str, str]:
-    """Variables with which `python -m` finds our packages in `code`, and never in the folder that it starts in."""
-    return {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
+def python_variables(code: Path, environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables with which `python -m` finds our packages in `code` first, and none in the folder that it starts in.
+
+    environ: the submitter's; what its PYTHONPATH names stays to be found.
+    """
+    paths = [str(code), *(path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path)]
+    return {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
 
 
 def _roots() -> dict[str, Path]:

@@ -10,8 +10,7 @@ import os
 import shlex
 import socket
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from ii_dist.config.errors import EXIT_DONE, EXIT_STOPPED, ClusterError
 from launch import local, slurm
 from launch.account import account_lines, describe, plan_of, refuse_impossible
 from launch.folder import own_folder, prepare_run_folder, private_folder, run_folder
-from launch.follow import follow, wait_gone
+from launch.follow import follow, seldom, wait_gone
 from launch.job import SHOWN_LINES, TrainJob
 from launch.numbers import duration, read_numbers
 from launch.owner import one_submission, require_free
@@ -171,18 +170,9 @@ def _hand_over(run: PlannedRun, asked: Submission) -> tuple[TrainJob, local.Loca
         if run.on_slurm:
             job = replace(job, job=slurm.submit(job, submitit_folder, run.sbatch_parameters(), run.python_words(code)))
         else:
-            with _variables({**run.cfg.launch.environment, **python_variables(code)}):
+            with _variables({**run.cfg.launch.environment, **python_variables(code, os.environ)}):
                 handle = local.submit(job, submitit_folder)
-        note_submitted(
-            run.folder,
-            job.job,
-            job.executor,
-            pid=0 if handle is None else handle.pid,
-            nodes=job.nodes,
-            ranks_per_node=job.ranks_per_node,
-            time_minutes=run.cfg.launch.time_minutes,
-            code=code.name,
-        )
+        _note(job, run.folder, handle, time_minutes=run.cfg.launch.time_minutes, code=code.name)
     return job, handle, submitit_folder
 
 
@@ -206,7 +196,14 @@ def _variables(variables: Mapping[str, str]) -> Iterator[None]:
 
 def submit_local(job: TrainJob, folder: RunFolder, submitit_folder: Path, follows: bool) -> int:
     """Run `job` on this machine; with `follows` show it, pass Ctrl-C on and return its exit code."""
-    return _watch_local(job, folder, local.submit(job, submitit_folder), follows)
+    handle = local.submit(job, submitit_folder)
+    _note(job, folder, handle)
+    return _watch_local(job, folder, handle, follows)
+
+
+def _note(job: TrainJob, folder: RunFolder, handle: local.LocalHandle | None, **facts: Any) -> None:
+    sizes = {"nodes": job.nodes, "ranks_per_node": job.ranks_per_node}
+    note_submitted(folder, job.job, job.executor, pid=0 if handle is None else handle.pid, **sizes, **facts)
 
 
 def _watch_local(job: TrainJob, folder: RunFolder, handle: local.LocalHandle, follows: bool) -> int:
@@ -257,7 +254,7 @@ def _watch_slurm(job: TrainJob, folder: RunFolder, submitit_folder: Path) -> int
     job_id = job.job
     with StopSignals() as stop:
         log, own_log = folder.rank_log(job_id, 0), submitit_folder / f"{job_id}_0_log.out"
-        alive = _seldom(lambda: slurm.may_go_on(job_id), QUEUE_POLL_S)
+        alive = seldom(lambda: slurm.may_go_on(job_id), QUEUE_POLL_S)
         record = follow(log, folder.job(job_id), alive, stop, on_signal=lambda: False)
         if (record is None or record.end is None) and alive():
             print(f"job {job_id} goes on without this view", file=sys.stderr)
@@ -277,16 +274,3 @@ def _ended(record: JobRecord | None, folder: RunFolder, job: str, supervisor_log
             print(*last_lines(folder.rank_log(job, record.failed_rank), SHOWN_LINES), sep="\n", file=sys.stderr)
         print(f"error: {record.why}; logs: {folder.logs}", file=sys.stderr)
     return record.exit_code
-
-
-def _seldom(question: Callable[[], bool], every_s: float) -> Callable[[], bool]:
-    """`question`, asked at most every `every_s`; the last answer in between."""
-    asked_s, answer = float("-inf"), True
-
-    def cached() -> bool:
-        nonlocal asked_s, answer
-        if time.monotonic() - asked_s >= every_s:
-            asked_s, answer = time.monotonic(), question()
-        return answer
-
-    return cached

@@ -25,7 +25,7 @@ class Submitted:
     submitted: str
     nodes: int
     ranks_per_node: int
-    time_minutes: int
+    time_minutes: int = 0
     code: str = ""
     """Name of the folder below code/."""
     pid: int = 0

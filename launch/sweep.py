@@ -56,11 +56,17 @@ def with_name_of_point(cfg: RunConfig, point: Point, number: int) -> RunConfig:
     """The run's config under a name that says its values; where that is too long, its number in the sweep."""
     if not point:
         return cfg
-    words = [re.sub(r"[^A-Za-z0-9.-]+", "_", choice.rpartition(".")[2]).strip("_.") for choice in point]
+    words = [re.sub(r"[^A-Za-z0-9.-]+", "_", _leaf(choice)).strip("_.") for choice in point]
     name = "-".join([cfg.name, *words])
     if len(name) > _NAME_LENGTH:
         name = f"{cfg.name[: _NAME_LENGTH - 4]}-{number:03d}"
     return cfg.model_copy(update={"name": name})
+
+
+def _leaf(choice: str) -> str:
+    """optim.lr=0.5 -> lr=0.5"""
+    key, _, value = choice.partition("=")
+    return f"{key.rpartition('.')[2]}={value}"
 
 
 def require_names_of_their_own(names: Sequence[str]) -> None:
