@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ii_dist.config import ConfigError, DataError, Plan, RunConfig, data_facts, make_plan
-from launch.numbers import Numbers, duration, gigabytes, read_numbers
+from launch.numbers import Numbers, duration, gigabytes, per_second, read_numbers
 from launch.planned import PlannedRun
 from launch.weights import checkpoint_bytes
 

@@ -121,10 +121,10 @@ def _start(run: PlannedRun, asked: Submission) -> int:
     job, handle, submitit_folder = _hand_over(run, asked)
     if asked.as_json:
         print(json.dumps({"runs": [_handed_over(run, job)]}), flush=True)
-    if isinstance(handle, local.LocalHandle):
-        return _watch_local(job, run.folder, handle, follows=asked.follow is not False and not asked.as_json)
-    if not asked.as_json:
-        _say_submitted(job, run)
+        return EXIT_DONE
+    if handle is not None:
+        return _watch_local(job, run.folder, handle, follows=asked.follow is not False)
+    _say_submitted(job, run)
     return _watch_slurm(job, run.folder, submitit_folder) if asked.follow else EXIT_DONE
 
 
