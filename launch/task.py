@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_job_files(Path(text))
         try:
-            from submitit.core._submit import process_job
+            from submitit.core.submission import process_job
         except ImportError:
             raise ClusterError("Submitit is not installed where the job runs: pip install submitit==1.5.4") from None
     except UserError as error:
