@@ -18,6 +18,7 @@ from typing import Any
 from ii_dist.config import ClusterError, ConfigError, RunConfig
 from launch.job import TrainJob
 from launch.scheduler import may_go_on
+from launch.task import task_command
 
 Parameters = dict[str, Any]
 Words = tuple[str, ...]
@@ -166,14 +167,6 @@ def submit(job: TrainJob, folder: Path, parameters: Parameters, python: Words = 
     finally:
         os.umask(umask)
     return str(submitted.job_id)
-
-
-def task_command(python: Words, folder: Path) -> str:
-    """The shell command of a job's step: our check of Submitit's folder, then Submitit. Every word is quoted."""
-    words = [*python, "-u", "-m", "launch.task", str(folder)]
-    if bad := [word for word in words if not word.isprintable()]:
-        raise ConfigError(f"the job's command has {bad[0]!r} in it, which is no plain word; see runs_folder and launch")
-    return shlex.join(words)
 
 
 def _check_sizes(cfg: RunConfig, ranks_per_node: int) -> None:

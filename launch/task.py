@@ -4,11 +4,12 @@ In: Submitit's folder as the only argument. Out: what Submitit's own program doe
 which is code, perhaps days after it was written and on another machine: so nobody else may have been able to write it.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ii_dist.config import ClusterError, UserError
+from ii_dist.config import ClusterError, ConfigError, UserError
 from launch.folder import check_private
 
 
@@ -20,6 +21,14 @@ def check_job_files(folder: Path) -> None:
     for path in folder.glob("*.pkl"):
         if not path.name.endswith("_result.pkl"):  # nobody reads those
             check_private(path, 0o022)
+
+
+def task_command(python: Sequence[str], folder: Path) -> str:
+    """The shell command of a job's step: our check of Submitit's folder, then Submitit. Every word is quoted."""
+    words = [*python, "-u", "-m", "launch.task", str(folder)]
+    if bad := [word for word in words if not word.isprintable()]:
+        raise ConfigError(f"the job's command has {bad[0]!r} in it, which is no plain word; see runs_folder and launch")
+    return shlex.join(words)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
