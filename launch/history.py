@@ -33,7 +33,6 @@ _CLASS_OF_STATE = {
     "OUT_OF_MEMORY": "out_of_memory",
     "CANCELLED": "cancelled",
     "COMPLETED": "finished",
-    "FAILED": "exception",
 }
 
 
@@ -131,7 +130,7 @@ def standing(folder: RunFolder, live: Sequence[LiveJob] | None, attempts: Sequen
 
 def class_of(told: Ending) -> str:
     """SLURM's word for an end as a class of ours."""
-    return _CLASS_OF_STATE.get(told.state, "exception")
+    return _CLASS_OF_STATE.get(told.state, "lost")
 
 
 def queue_waits_s(folder: RunFolder, attempts: Sequence[Attempt]) -> list[float]:

@@ -88,7 +88,7 @@ def cause_of(folder: RunFolder, now: Standing, attempts: Sequence[Attempt]) -> C
         return _plain("never", "was never submitted", now, earlier)
     if now.attempt is None:
         kind = class_of(now.ended) if now.ended is not None else "finished" if now.state == "done" else "lost"
-        kind = "launch" if kind == "exception" else kind
+        kind = "launch" if now.ended is not None and kind == "lost" else kind
         return _plain(kind, now.why, now, earlier)
     return _of_attempt(folder, now, now.attempt, earlier)
 
