@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ii_dist.config import ClusterError, RunFolder
 from launch.history import read_attempts
 from launch.machine import started_ticks
-from launch.owner import last_submitted, local_job_lives, read_lease
+from launch.owner import its_job_has_gone, last_submitted, local_job_lives, read_lease
 from launch.records import now_text
 from launch.scheduler import LiveJob
 
@@ -47,7 +47,7 @@ def cancel(folder: RunFolder, live: Sequence[LiveJob] | None, save: bool) -> lis
     if live is None and entry is not None and entry.executor == "slurm":
         raise ClusterError(f"{folder.root}: squeue does not answer; cancel job {entry.job} where SLURM is")
     lease = read_lease(folder)
-    if lease is not None and lease.alive:
+    if lease is not None and lease.alive and not its_job_has_gone(lease, live, entry):
         raise ClusterError(
             f"{folder.root}: process {lease.pid} on {lease.host} trains there without launch; there: kill {lease.pid}"
         )

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ii_dist.config import RunFolder
 from ii_dist.config.errors import EXIT_DONE, EXIT_STOPPED
 from launch.numbers import newest_commit, total_steps
-from launch.owner import local_job_lives, read_lease
+from launch.owner import its_job_has_gone, local_job_lives, read_lease
 from launch.scheduler import Ending, LiveJob, ending
 from launch.submitted import Submitted, read_submitted
 
@@ -111,7 +111,7 @@ def standing(folder: RunFolder, live: Sequence[LiveJob] | None, attempts: Sequen
     if last is not None and local_job_lives(last):
         return _on_this_machine(folder, last, attempts)
     lease = read_lease(folder)
-    if lease is not None and lease.alive:
+    if lease is not None and lease.alive and not its_job_has_gone(lease, live, last):
         started = newest if newest is not None and newest.job == lease.job else None
         return Standing(
             "training", f"process {lease.pid} on {lease.host} has the run folder", lease.job, attempt=started

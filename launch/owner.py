@@ -50,6 +50,11 @@ def require_free(folder: RunFolder, live: Sequence[LiveJob] | None) -> None:
             f"{advice}"
         )
     lease = read_lease(folder)
+    if lease is not None and lease.alive and its_job_has_gone(lease, live, entry):
+        raise ClusterError(
+            f"run folder {folder.root}: job {lease.job} has ended, but {lease.host} gave a sign of life of it less than"
+            f" {HEARTBEAT_DEAD_S:.0f} s ago; submit again after that time"
+        )
     if lease is not None and lease.alive:
         raise ClusterError(
             f"run folder {folder.root}: in use by job {lease.job} on host {lease.host}, pid {lease.pid}, since "
@@ -60,6 +65,12 @@ def require_free(folder: RunFolder, live: Sequence[LiveJob] | None) -> None:
             f"run folder {folder.root}: squeue does not answer, so job {entry.job} of it may still wait or run; "
             "submit where SLURM answers"
         )
+
+
+def its_job_has_gone(lease: Lease, live: Sequence[LiveJob] | None, entry: Submitted | None) -> bool:
+    """Whether SLURM says that the owner's job is over, whatever its last sign of life was."""
+    of_slurm = entry is not None and entry.executor == "slurm" and lease.job.isdigit()
+    return of_slurm and live is not None and all(lease.job not in (job.job, job.raw_id) for job in live)
 
 
 def last_submitted(folder: RunFolder) -> Submitted | None:

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -68,6 +68,8 @@ def status_of(folder: RunFolder, live: Sequence[LiveJob] | None, now_s: float | 
     wait_s = mean(waits) if waits else None
     eta_s, jobs = _eta(stands, numbers, step, plan, wait_s, _time_minutes(folder), now_s)
     attempt = stands.attempt
+    if stands.state == "training" and not _has_begun(stands, numbers, beats):
+        stands = replace(stands, state="starting", why="its ranks start")
     return Status(
         run=folder.root.name,
         folder=str(folder.root),
@@ -92,6 +94,12 @@ def status_of(folder: RunFolder, live: Sequence[LiveJob] | None, now_s: float | 
     )
 
 
+def _has_begun(stands: Standing, numbers: Numbers, beats: "Beats") -> bool:
+    """Whether the newest attempt has come to its first step, as far as anything tells."""
+    start_s = stands.attempt.start_s if stands.attempt is not None else None
+    return beats.stepped or start_s is None or (numbers.time_s is not None and numbers.time_s >= start_s)
+
+
 @dataclass(frozen=True, slots=True)
 class Beats:
     """The newest signs of life of a job: the last step of the slowest rank, and who is silent."""
@@ -99,6 +107,8 @@ class Beats:
     step: int | None = None
     rank: int | None = None
     silent_s: float | None = None
+    stepped: bool = False
+    """Whether every rank is past its start."""
 
 
 def read_beats(folder: RunFolder, stands: Standing) -> Beats:
@@ -107,6 +117,7 @@ def read_beats(folder: RunFolder, stands: Standing) -> Beats:
         return Beats()
     steps: list[int] = []
     silent: list[tuple[float, int]] = []
+    phases: set[str] = set()
     for path in (folder.jobs / stands.attempt.job).glob("beats_node_*.json"):
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
@@ -115,11 +126,13 @@ def read_beats(folder: RunFolder, stands: Standing) -> Beats:
             for rank, life in facts["ranks"].items():
                 steps.append(int(life["step"]))
                 silent.append((float(life["silent_s"]), int(rank)))
+                phases.add(str(life.get("phase", "step")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     longest = max(silent, default=(0.0, 0))
     quiet = longest[0] > SILENT_S
-    return Beats(min(steps, default=None), longest[1] if quiet else None, longest[0] if quiet else None)
+    stepped = bool(phases) and not phases & {"", "start"}
+    return Beats(min(steps, default=None), longest[1] if quiet else None, longest[0] if quiet else None, stepped)
 
 
 def run_folders(texts: Sequence[str], runs_folder: Path) -> list[RunFolder]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ii_dist.config import ClusterError, RunFolder
-from launch import cancel
+from launch import cancel, why
 from launch.machine import started_ticks
 from launch.owner import one_submission, require_free
 from launch.submitted import note_submitted, read_submitted
@@ -91,6 +91,20 @@ def test_an_owner_on_another_machine_lives_as_long_as_its_heart_beats(tmp_path: 
         require_free(run.folder, [])
     os.utime(beat, (time.time() - 61, time.time() - 61))
     require_free(run.folder, [])
+
+
+def test_the_last_sign_of_life_of_a_job_that_slurm_has_ended(tmp_path: Path) -> None:
+    """A node's rank was killed: nobody gave the lease back, and it is fresh for a minute."""
+    run = MadeRun(tmp_path)
+    run.submitted("7")
+    run.record("7", end=900.0, exit_code=137, failed_rank=0, why="rank 0 was killed by SIGKILL")
+    lease(run.folder, 1, host="far-away", job="7")
+    (run.folder.root / ".heartbeat_fence_000003").touch()
+    with pytest.raises(ClusterError, match=r"job 7 has ended, but far-away gave a sign of life .* submit again"):
+        require_free(run.folder, [])
+    assert why.why(run.folder, []).kind == "killed_rank"
+    assert cancel.cancel(run.folder, [], save=True) == []
+    assert why.why(run.folder, None).kind == "running"  # SLURM does not answer: the lease is all there is
 
 
 def test_a_silent_squeue_refuses_while_the_last_job_may_still_wait(tmp_path: Path) -> None:
