@@ -19,6 +19,7 @@ from launch.follow import seldom
 from launch.history import read_attempts, standing
 from launch.scheduler import live_jobs
 from launch.submit import Submission, submit_run
+from launch.sweep import part_sweep
 
 Commands = Any
 LIVE_ASKED_S = 5.0
@@ -136,12 +137,13 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _submission(args: argparse.Namespace, rest: Sequence[str]) -> Submission:
+    fixed, swept = part_sweep(args.sweep)
     return Submission(
         config=args.config,
-        overrides=(*args.overrides, *rest),
+        overrides=(*args.overrides, *rest, *fixed),
         cluster=args.cluster,
         nodes=args.nodes,
-        sweep=tuple(args.sweep),
+        sweep=tuple(swept),
         dry_run=args.dry_run,
         follow=args.follow,
         new_config=args.new_config,

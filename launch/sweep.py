@@ -40,6 +40,12 @@ def read_sweep(texts: Sequence[str]) -> list[Point]:
     return points
 
 
+def part_sweep(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words behind --sweep: those with one value, which are overrides like any other, and those with several."""
+    several = [text for text in texts if len(split_values(text.partition("=")[2])) > 1]
+    return [text for text in texts if text not in several], several
+
+
 def split_values(text: str) -> list[str]:
     """Parts between commas; commas inside [] and {} belong to a value."""
     parts, depth = [""], 0

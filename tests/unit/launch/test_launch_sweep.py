@@ -69,14 +69,15 @@ def test_dry_run_of_a_sweep_and_its_json(tmp_path: Path) -> None:
     config, cluster = tmp_path / "trial.yaml", tmp_path / "cluster.yaml"
     config.write_text(CONFIG.format(folder=tmp_path))
     cluster.write_text(CLUSTER)
-    asked = ("submit", config, "--cluster", cluster, "--dry-run", "--sweep", "optim.lr=0.5,1", "seed=0,1,2")
+    swept = ("--sweep", "optim.lr=0.5,1", "seed=0,1,2", "train.epochs=2")
+    asked = ("submit", config, "--cluster", cluster, "--dry-run", *swept)
     shown = launch(*asked)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("#!/bin/bash") == 6
     assert "# trial-lr_1-seed_2    1         2" in shown.stdout
     runs = json.loads(launch(*asked, "--json").stdout)["runs"]
     assert [run["choice"] for run in runs][-1] == ["optim.lr=1", "seed=2"]
-    assert {run["plan"]["total_steps"] for run in runs} == {12}
+    assert {run["plan"]["total_steps"] for run in runs} == {8}  # one value is an override like any other
     assert all(f"#SBATCH --job-name={run['run']}\n" in run["sbatch"] for run in runs)
     on_this_machine = launch("submit", config, "--sweep", "optim.lr=0.5,1")
     assert on_this_machine.returncode == 2
