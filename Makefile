@@ -21,8 +21,9 @@ demo: setup
 	$(BIN)/python -m tools.import_dataset digits --out $(DEMO_DATA)
 	$(BIN)/python -m launch submit configs/demo/digits.yaml
 
+# A process a core, each with one thread: more threads than cores make every one of them slow.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

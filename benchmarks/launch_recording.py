@@ -27,8 +27,10 @@ train: {epochs: 400, global_batch: 16, eval_every_epochs: 400, max_skipped_in_a_
 optim: {warmup_epochs: 0}
 metrics: {boards: [console, jsonl], log_every_steps: 5}
 """
-PLAN = """configs/imagenet/ini_resnet50.yaml --cluster configs/clusters/a100.yaml --nodes 2 --dry-run
- data.source=synthetic data.synthetic_images=1281167 launch.expected_images_per_s_per_rank=2500 launch.time_minutes=20"""
+PLAN = (
+    "configs/imagenet/ini_resnet50.yaml --cluster configs/clusters/a100.yaml --nodes 2 --dry-run data.source=synthetic"
+    " data.synthetic_images=1281167 launch.expected_images_per_s_per_rank=2500 launch.time_minutes=20"
+)
 LIMIT_S = 120.0
 
 
@@ -54,7 +56,7 @@ class Recording:
 
 def record(recording: Recording, config: Path, cluster: Path, runs: Path) -> None:
     """The story: plan, submit, look, stop, ask why."""
-    recording.command(f"submit {' '.join(PLAN.split())} runs_folder={runs}")
+    recording.command(f"submit {PLAN} runs_folder={runs}")
     small = f"{config} --cluster {cluster} runs_folder={runs}"
     recording.command(f"submit {small} launch.nodes=1 name=first")
     recording.command(f"submit {small} launch.nodes=1 name=second optim.lr=1e30")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ii_dist.config import ConfigError, RunFolder, UserError
+from ii_dist.config import NEW_CONFIG_HELP, ConfigError, RunFolder, UserError, key_list
 from ii_dist.config.errors import EXIT_DONE
 from launch import cancel, logs, status, why
 from launch.follow import seldom
@@ -82,9 +82,7 @@ def _add_submit(commands: Commands) -> None:
         action=argparse.BooleanOptionalAction,
         help="show the first rank's output, end with the run's exit code (default: yes on this machine, no on SLURM)",
     )
-    submit.add_argument(
-        "--new-config", action="store_true", help="go on in an existing run folder although its settings differ"
-    )
+    submit.add_argument("--new-config", type=key_list, default=(), metavar="KEYS", help=NEW_CONFIG_HELP)
     submit.add_argument("--json", action="store_true", help="one JSON object on stdout, for programs")
 
 

@@ -115,7 +115,7 @@ def account_lines(run: PlannedRun, facts: dict[str, Any]) -> list[str]:
     lines += [
         f"data    {plan.train_images} training and {plan.eval_images} evaluation images, {plan.num_classes} classes",
         f"batch   {plan.global_batch} = {run.ranks} ranks x {plan.images_per_rank} images"
-        f" ({plan.accumulate_steps} micro-batch(es) of {plan.micro_batch})",
+        f" ({_micro_batches(cfg, plan)})",
         f"steps   {plan.steps_per_epoch} an epoch, {plan.total_steps} in {cfg.train.epochs:g} epoch(s);"
         f" {plan.dropped_images_per_epoch} images of each epoch fill no batch",
         f"rate    peak learning rate {plan.peak_lr:g}",
@@ -167,3 +167,9 @@ def _speed(run: PlannedRun, before: Numbers) -> tuple[float | None, str]:
 
 def _gpus(cfg: RunConfig) -> bool:
     return cfg.launch.gpus_per_node > 0 or cfg.launch.executor == "local"
+
+
+def _micro_batches(cfg: RunConfig, plan: Plan) -> str:
+    if cfg.train.max_images_per_rank == "auto":
+        return "in micro-batches that fit, found when the run starts"
+    return f"{plan.accumulate_steps} micro-batch(es) of {plan.micro_batch}"

@@ -5,32 +5,31 @@ In: a resolved config. Out: `config.yaml` (what every later job of the run reads
 
 import os
 import stat
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ii_dist.config import (
     CheckpointError,
     ClusterError,
-    ConfigError,
     RunConfig,
     RunFolder,
     dump_config,
     load_config,
     recipe_differences,
+    refuse_unnamed_changes,
 )
-
-SHOWN_KEYS = 6
 
 
 def run_folder(cfg: RunConfig) -> RunFolder:
     return RunFolder((Path(cfg.runs_folder) / cfg.name).absolute())
 
 
-def prepare_run_folder(folder: RunFolder, cfg: RunConfig, new_config: bool) -> str:
+def prepare_run_folder(folder: RunFolder, cfg: RunConfig, new_config: Sequence[str]) -> str:
     """Write `config.yaml`; return a line on what changed, or "".
 
-    Raises ConfigError where the folder belongs to a run with another recipe (unless `new_config`, which keeps the old
-    file beside the new one), CheckpointError where the folder cannot be written.
+    Raises ConfigError where the folder belongs to a run with another recipe (where `new_config` names all keys
+    that differ the old file is kept beside the new one), CheckpointError where the folder cannot be written.
     """
     text = dump_config(cfg)
     try:
@@ -99,19 +98,14 @@ def _require_ours(path: Path) -> None:
         raise ClusterError(f"{path}: is a link or belongs to somebody else; remove it or set runs_folder")
 
 
-def _accept_change(folder: RunFolder, cfg: RunConfig, new_config: bool) -> str:
+def _accept_change(folder: RunFolder, cfg: RunConfig, new_config: Sequence[str]) -> str:
     """Judge a config that differs from the run's; keep the old one where the recipe changes."""
-    if new_config:
+    before = load_config(folder.config)
+    refuse_unnamed_changes(folder.config, before, cfg, new_config)
+    if recipe_differences(before, cfg):
         kept = folder.root / f"config_before_{datetime.now(UTC):%Y%m%d-%H%M%S-%f}.yaml"
         os.link(folder.config, kept)
         return f"{folder.config}: replaced; the old one is {kept.name}"
-    changed = recipe_differences(load_config(folder.config), cfg)
-    if changed:
-        more = f" and {len(changed) - SHOWN_KEYS} more" if len(changed) > SHOWN_KEYS else ""
-        raise ConfigError(
-            f"{folder.config}: this run has other settings ({'; '.join(changed[:SHOWN_KEYS])}{more});"
-            " restore them, use another name=..., or go on with --new-config"
-        )
     return f"{folder.config}: rewritten; what differs does not change the training"
 
 

@@ -47,7 +47,8 @@ class Submission:
     dry_run: bool = False
     follow: bool | None = None
     """None = follow a local run, not a job in a queue."""
-    new_config: bool = False
+    new_config: tuple[str, ...] = ()
+    """Keys that may differ from what the run was started with."""
     as_json: bool = False
 
 

@@ -28,7 +28,7 @@ ADVICE = {
     "out_of_memory": "lower train.max_images_per_rank (GPU) or raise launch.mem_gb (host), then submit again",
     "killed_rank": "submit again; if it comes back, look at the node's log (dmesg) for who killed it",
     "hang": "read the stacks in the rank's log; submit again, without that node: launch.exclude",
-    "nan": "lower optim.lr or lengthen optim.warmup_epochs, then submit with --new-config",
+    "nan": "lower optim.lr or lengthen optim.warmup_epochs, then submit with --new-config KEY",
     "disk_full": "free space, or keep less: checkpoint.keep_last, keep_every_steps; then submit again",
     "bad_data": "python -m tools.scan_dataset names the bad files; mend them or raise data.max_bad_share",
     "bad_config": "mend the key, then submit again",

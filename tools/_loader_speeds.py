@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ii_dist.config import AugmentConfig, DataConfig, DataFacts, Plan, RunConfig, make_plan
+from ii_dist.config import AugmentConfig, DataConfig, DataFacts, Plan, RunConfig, RuntimeConfig, make_plan
 from ii_dist.data import make_train_source
 from ii_dist.runtime import World
 
@@ -55,7 +55,7 @@ def source_speed(cfg: RunConfig, sample: Path, facts: DataFacts, batch: int, set
     changes = setting.keys() | {"root": str(sample), "stage_to": "", "synthetic_images": facts.train_images}
     data = DataConfig.model_validate(cfg.data.model_dump() | changes | {"synthetic_classes": facts.num_classes})
     train = cfg.train.model_copy(update={"global_batch": batch, "max_images_per_rank": 0})
-    plan = make_plan(cfg.model_copy(update={"data": data, "train": train}), 1, facts)
+    plan = make_plan(cfg.model_copy(update={"data": data, "train": train, "runtime": RuntimeConfig()}), 1, facts)
     source = make_train_source(data, plan, World(), cfg.seed, setting.device, cfg.engine.channels_last)
     try:
         batches = iter(source)

@@ -11,33 +11,11 @@ from typing import Any
 
 from ii_dist.config.errors import ClusterError
 from ii_dist.metrics.words import in_words_rate, in_words_share
+from tools._plot_style import INK, STYLE
 from tools._run_facts import RunFacts
 
 COLOURS = ("#1f5fa8", "#d1622b", "#2f8f5b", "#8a4fa3", "#b8912a", "#4a4a4a")
 TRAIN_ALPHA = 0.45
-INK, FAINT = "#222222", "#9a9a9a"
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.6,
-    "figure.constrained_layout.w_pad": 0.12,
-    "figure.constrained_layout.h_pad": 0.12,
-    "figure.constrained_layout.wspace": 0.03,
-    "figure.constrained_layout.hspace": 0.04,
-}
 
 
 def plot_runs(runs: Sequence[RunFacts], path: Path) -> None:

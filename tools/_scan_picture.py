@@ -11,25 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ii_dist.config.errors import ClusterError
+from tools._plot_style import BLUE, INK, ORANGE, STYLE
 
-INK, FAINT, BLUE, ORANGE = "#222222", "#9a9a9a", "#1f5fa8", "#d1622b"
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "figure.constrained_layout.w_pad": 0.12,
-    "figure.constrained_layout.h_pad": 0.1,
-}
 _BINS = 60
 _TICKS = 4
 _LEAST_SPREAD = 1.25  # of a logarithmic axis on which all images stand at one place

@@ -1,49 +1,64 @@
 """One safetensors file of a sharded checkpoint's weights: ``python -m tools.merge_checkpoint PATH --out FILE``.
 
 In: a step folder, or a run (its newest whole step). Out: the network's tensors under timm's names, which
-``timm.create_model`` loads. Each shard is read once, in pieces of a few MB: hashed and, where it holds wanted tensors,
-copied to its place. The file appears only when it is whole and every hash agreed. Needs no torch.
+``timm.create_model`` loads. Each shard is read once, in small pieces: hashed and, where it holds wanted tensors, copied
+to its place. The file appears only when it is whole and every hash agreed. Needs no torch.
 """
 
 import argparse
 import hashlib
+import json
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from ii_dist.checkpoint import Manifest, read_manifest, step_folders
-from ii_dist.checkpoint.disk import CHUNK_BYTES, create_file, describe, open_regular, sync_folder
-from ii_dist.checkpoint.shards import TensorSpec, encode_header, file_order, read_header
-from ii_dist.checkpoint.weights import check_target, choose_step, timm_line, weight_names
+from ii_dist.checkpoint.disk import open_regular
+from ii_dist.checkpoint.finder import check_files, expected_files
+from ii_dist.checkpoint.shards import TensorSpec
+from ii_dist.checkpoint.streams import PIECE_BYTES, TensorDraft, draft_tensors, pieces, placed_tensors, read_into
+from ii_dist.checkpoint.weights import check_target, loading_line, weight_names
 from ii_dist.config.errors import EXIT_DONE, CheckpointError
-from ii_dist.config.run_folder import RunFolder
+from ii_dist.config.run_folder import STATE
 from tools._border import run
+from tools._progress import Progress
+
+_MOST_THREADS = 4
+_DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+OnBytes = Callable[[int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A wanted tensor: bytes [start, end) of a shard go to `target` of the merged file."""
-
-    start: int
-    end: int
-    target: int
+class DamagedError(CheckpointError):
+    """A step that is not as its manifest says; an older one may be."""
 
 
 def main(arguments: list[str]) -> int:
     args = _parser().parse_args(arguments)
     out: Path = args.out
     check_target(out, ".safetensors", args.force)
-    step = _pick_step(args.path)
-    manifest = read_manifest(step)
-    wanted = weight_names(manifest, args.ema)
-    size = merge(step, manifest, wanted, out)
-    print(f"{out}: {len(wanted)} tensors, {size / 1e6:.1f} MB, from step {manifest.step}{' (EMA)' if args.ema else ''}")
-    print(_timm_line(step, manifest, out))
+    folders = step_folders(args.path)
+    for step in reversed(folders):
+        try:
+            manifest, size = merge(step, out, args.ema, _DTYPES.get(args.dtype or ""))
+            break
+        except DamagedError as error:
+            if len(folders) == 1:
+                raise
+            print(f"{error}; left out", file=sys.stderr)
+    else:
+        raise CheckpointError(f"{args.path}: none of its {len(folders)} steps is whole")
+    line = loading_line(step, manifest, out)
+    count = len(weight_names(manifest, args.ema))
+    if args.json:
+        told = {"out": str(out), "step": manifest.step, "ema": args.ema, "dtype": args.dtype}
+        print(json.dumps(told | {"tensors": count, "bytes": size, "load": line}, indent=1))
+    else:
+        weights = f"{' (EMA)' if args.ema else ''}{f' as {args.dtype}' if args.dtype else ''}"
+        print(f"{out}: {count} tensors, {size / 1e6:.1f} MB, from step {manifest.step}{weights}")
+        print(line)
     return EXIT_DONE
 
 
@@ -55,117 +70,135 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("path", type=Path, help="a step folder, or a run folder for its newest whole step")
     parser.add_argument("--out", type=Path, required=True, help="the file to make; ends in .safetensors")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights instead of the weights")
+    parser.add_argument("--dtype", choices=list(_DTYPES), help="type of all floating-point tensors (default: as saved)")
     parser.add_argument("--force", action="store_true", help="replace FILE if it is there")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
-def _pick_step(path: Path) -> Path:
-    """A step folder as it is (`merge` hashes what it copies), of a run the newest whole step."""
-    if step_folders(path) == [path]:
-        return path
-    found, left_out = choose_step(path)
-    for step in left_out:
-        print(step.reason, file=sys.stderr)
-    return found.path
+def merge(step: Path, out: Path, ema: bool, dtype: str | None) -> tuple[Manifest, int]:
+    """Write the weights of one step to `out`, as type `dtype` (a safetensors code, None: as saved); the file's size.
 
-
-def merge(step: Path, manifest: Manifest, wanted: dict[str, str], out: Path) -> int:
-    """Write the tensors of `wanted` to `out`; its size. Raises CheckpointError; then `out` is as it was."""
-    specs = file_order(
-        TensorSpec(new, manifest.tensors[old].dtype, manifest.tensors[old].shape) for new, old in wanted.items()
-    )
-    header = encode_header(specs, {"format": "pt", "step": str(manifest.step)})
-    target = len(header)
-    targets: dict[str, int] = {}
-    for spec in specs:
-        targets[wanted[spec.name]] = target
-        target += spec.bytes
-    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    Raises DamagedError for a step that is not whole, CheckpointError; then `out` is as it was.
+    """
     try:
-        file = create_file(draft)
+        manifest = read_manifest(step)
+    except CheckpointError as error:
+        raise DamagedError(f"{step}: {error}") from None
+    if problems := check_files(step, {STATE: expected_files(manifest)[STATE]}):
+        raise DamagedError(f"{step}: {problems[0]}")
+    names = weight_names(manifest, ema)
+    specs = {
+        old: TensorSpec(new, _code(manifest, old, dtype), manifest.tensors[old].shape) for new, old in names.items()
+    }
+    shards = sorted(manifest.shards, key=lambda shard: -shard.bytes)
+    progress, total = Progress(f"merge {step.name}", "GB", 1e9), sum(shard.bytes for shard in shards)
+    workers = min(_MOST_THREADS, os.cpu_count() or 1, len(shards))
+    with (
+        draft_tensors(out, specs.values(), {"step": str(manifest.step)}) as draft,
+        ThreadPoolExecutor(workers, "merge") as pool,
+    ):
+        work = [
+            pool.submit(
+                _copy, step / shard.file, shard.sha256, manifest, specs, draft, lambda n: progress.add(n, total)
+            )
+            for shard in shards
+        ]
         try:
-            # Room for all of it at once: a full disk shows here, not after an hour.
-            os.posix_fallocate(file, 0, target)
-            os.pwrite(file, header, 0)
-            for shard in manifest.shards:
-                pieces = _pieces(step / shard.file, manifest, targets)
-                sha256 = _copy(step / shard.file, pieces, file)
-                if sha256 != shard.sha256:
-                    raise CheckpointError(f"{step / shard.file}: content changed; run tools.verify_checkpoint {step}")
-            os.fsync(file)
+            for one in work:
+                one.result()
         finally:
-            os.close(file)
-        draft.rename(out)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise CheckpointError(describe(error, out)) from None
-    finally:
-        draft.unlink(missing_ok=True)
-    return target
+            pool.shutdown(cancel_futures=True)
+    return manifest, draft.bytes
 
 
-def _pieces(path: Path, manifest: Manifest, targets: dict[str, int]) -> list[Piece]:
-    """Wanted tensors of one shard, in file order."""
-    start, specs = read_header(path)
-    pieces = []
-    for spec in specs:
-        entry = manifest.tensors.get(spec.name)
-        if entry is None or (entry.shard, entry.dtype, entry.shape) != (path.name, spec.dtype, spec.shape):
-            raise CheckpointError(f"{path}: {spec.name} is not as the manifest says")
-        if spec.name in targets:
-            pieces.append(Piece(start, start + spec.bytes, targets[spec.name]))
-        start += spec.bytes
-    return pieces
+def _code(manifest: Manifest, name: str, dtype: str | None) -> str:
+    own = manifest.tensors[name].dtype
+    if dtype is None:
+        return own
+    from ii_dist.checkpoint.casting import cast_code  # numpy only where numbers are converted
+
+    return cast_code(own, dtype)
 
 
-def _copy(path: Path, pieces: list[Piece], target: int) -> str:
-    """Copy `pieces` of a shard into the file `target`; the sha256 of the whole shard."""
-    digest = hashlib.sha256()
-    at = 0
-    left = iter(pieces)
-    piece = next(left, None)
-    for chunk in _chunks(path):
-        digest.update(chunk)
-        end = at + len(chunk)
-        while piece is not None and piece.start < end:
-            first, last = max(piece.start, at), min(piece.end, end)
-            _write_at(target, chunk[first - at : last - at], piece.target + first - piece.start)
-            if piece.end > end:
-                break
-            piece = next(left, None)
-        at = end
-    return digest.hexdigest()
-
-
-def _chunks(path: Path) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    file = open_regular(path)
+def _copy(
+    path: Path, sha256: str, manifest: Manifest, specs: dict[str, TensorSpec], draft: TensorDraft, on_bytes: OnBytes
+) -> None:
+    """Put the wanted tensors of one shard into the draft; hash all of it on the way. Raises DamagedError, OSError."""
     try:
-        while count := os.readv(file, [buffer]):
-            yield buffer[:count]
+        placed = placed_tensors(path)
+        for tensor in placed:
+            entry = manifest.tensors.get(tensor.spec.name)
+            if entry is None or (entry.shard, entry.dtype, entry.shape) != (
+                path.name,
+                tensor.spec.dtype,
+                tensor.spec.shape,
+            ):
+                raise CheckpointError(f"{path.name}: {tensor.spec.name} is not as the manifest says")
+        file = open_regular(path)
+    except CheckpointError as error:
+        raise DamagedError(f"{path.parent}: {error}") from None
+    refused: CheckpointError | None = None
+    try:
+        with closing(_Sha256Behind(file, path)) as shard:
+            shard.read(0, placed[0].start if placed else os.fstat(file).st_size)
+            for tensor in placed:
+                wanted = specs.get(tensor.spec.name)
+                for at, count in pieces(tensor.spec.bytes):
+                    data = shard.read(tensor.start + at, count)
+                    if wanted is not None and refused is None:
+                        try:
+                            _write(draft, wanted, tensor.spec, at, data)
+                        except CheckpointError as error:
+                            refused = error  # unless it is the damage that makes a number too large
+                    on_bytes(count)
+            if shard.hexdigest() != sha256:
+                raise DamagedError(f"{path}: content changed; run tools.verify_checkpoint {path.parent}")
     finally:
         os.close(file)
+    if refused is not None:
+        raise refused
 
 
-def _write_at(file: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(file, data, offset)
-        data, offset = data[count:], offset + count
+def _write(draft: TensorDraft, wanted: TensorSpec, source: TensorSpec, at: int, data: memoryview) -> None:
+    if wanted.dtype == source.dtype:
+        draft.write(wanted.name, at, data)
+        return
+    from ii_dist.checkpoint.casting import cast
+
+    target_bytes, source_bytes = wanted.element_bytes, source.element_bytes
+    draft.write(wanted.name, at // source_bytes * target_bytes, cast(data, source.dtype, wanted.dtype, wanted.name))
 
 
-def _timm_line(step: Path, manifest: Manifest, out: Path) -> str:
-    """The Python that loads the merged file, from the run's config.yaml if it is there."""
-    config = RunFolder(step.resolve().parent.parent).config
-    model: dict[str, Any] = {}
-    if config.is_file():
-        tree = yaml.safe_load(config.read_text(encoding="utf-8"))
-        model = tree.get("model", {}) if isinstance(tree, dict) else {}
-    return timm_line(model, _num_classes(manifest), out)
+class _Sha256Behind:
+    """Reads a file from its first byte to its last; a thread hashes each piece while it is made use of."""
 
+    def __init__(self, file: int, path: Path) -> None:
+        self._file, self._path = file, path
+        self._digest = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1, "hash")
+        self._hashing = [self._hasher.submit(self._digest.update, b"") for _ in range(2)]
+        self._buffers = [memoryview(bytearray(PIECE_BYTES)) for _ in self._hashing]
+        self._turn = 0
 
-def _num_classes(manifest: Manifest) -> int | None:
-    head = manifest.tensors.get("model.fc.weight")
-    return head.shape[0] if head is not None and head.shape else None
+    def read(self, offset: int, count: int) -> memoryview:
+        """The next `count` bytes, good until the call after the next; of more than a piece only the last ones."""
+        view = memoryview(b"")
+        for at, size in pieces(count):
+            self._turn = 1 - self._turn
+            self._hashing[self._turn].result()
+            view = self._buffers[self._turn][:size]
+            read_into(self._file, view, offset + at, self._path)
+            self._hashing[self._turn] = self._hasher.submit(self._digest.update, view)
+        return view
+
+    def hexdigest(self) -> str:
+        for hashing in self._hashing:
+            hashing.result()
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        self._hasher.shutdown()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """WHAT STAYS: sharded checkpoints that are committed or not there, and the lease on a run folder.
 
-In: named tensors and JSON scalars of a step, from every rank. Out: step folders on disk, the newest one that verifies,
-its tensors again. `lease`: who owns the folder. `saver` (background) > `store` (write order, commit, delete) > `shards`
-(bytes of one file), `manifest` (what they must be), `retention` (which steps go). `finder` (what to trust) > `loader`
-(read it); `weights`: for programs that only want the network. `disk`: flushed calls. Only `saver` and `loader` import
-torch, when they are first asked for.
+In: named tensors and JSON scalars of a step, from every rank. Out: step folders on disk, the newest that verifies,
+its tensors again. `lease`: who owns the folder. `saver` (background) > `staging` (copies in memory), `store` (write
+order, commit, delete) > `shards` (bytes of one file), `manifest` (what they must be), `retention` (which steps go).
+`finder` (what to trust) > `loader` (read it); `weights`: for programs that only want the network. `disk`: flushed
+calls. For tools: `streams` (tensor files in pieces), `casting` (fp16, bf16), `averaging`; `deepspeed_folder` and
+`dcp_folder` read what other programs saved, through `foreign`, the one file that opens pickles. Torch is imported only
+by `saver`, `staging`, `loader` and what reads foreign folders, when first asked for.
 """
 
 from typing import TYPE_CHECKING

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ii_dist.checkpoint.disk import describe, probe_folder, read_small, replace_file
+from ii_dist.checkpoint.disk import describe, make_folder, probe_folder, read_small, replace_file, sync_folder
 from ii_dist.config.errors import CheckpointError, ClusterError
 from ii_dist.config.run_folder import RunFolder
 
@@ -119,7 +119,9 @@ def take_lease(folder: RunFolder, job: str, attempt: int = 0) -> Lease:
     over with the next fence; so is that of an earlier attempt of the same job. Raises ClusterError for a live owner.
     """
     try:
-        folder.root.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.root)
+        # Whoever made the run folder: a checkpoint in it lasts only if its name does.
+        sync_folder(folder.root.parent)
     except OSError as error:
         raise CheckpointError(
             f"run folder {folder.root}: cannot be made: {error.strerror}; choose another with runs_folder=..."

@@ -93,13 +93,13 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _files_fit(self) -> Self:
-        # A shard's name follows from its rank: no path in a manifest can lead out of the step folder.
+        # A shard's name follows from its number: no path in a manifest can lead out of the step folder.
         room: dict[str, int] = {}
-        for rank, shard in enumerate(self.shards):
-            if shard.file != shard_name(rank, self.world_size):
-                raise ValueError(f"shard {shard.file!r} should be {shard_name(rank, self.world_size)!r}")
+        for number, shard in enumerate(self.shards):
+            if shard.file != shard_name(number, len(self.shards)):
+                raise ValueError(f"shard {shard.file!r} should be {shard_name(number, len(self.shards))!r}")
             room[shard.file] = shard.bytes
-        if len(room) != self.world_size:
+        if not room or len(room) % self.world_size:
             raise ValueError(f"{len(room)} shards for a world size of {self.world_size}")
         for name, tensor in self.tensors.items():
             if tensor.shard not in room:

@@ -1,31 +1,34 @@
 """Saves in the background: the training step waits for a copy in memory, never for the disk.
 
 In: named tensors (CPU or CUDA; whole, or scattered over the ranks) and JSON scalars of one step. Out: a committed step,
-told by `poll` or `wait`. `save` copies this rank's share into host buffers that are made once and used again (what is
-scattered is collected one tensor at a time); one thread a rank then writes, hashes, agrees with the other ranks over a
-group of its own and commits. Saves never overlap.
+told by `poll` or `wait`. `save` copies this rank's share into host memory (`staging`; what is scattered is collected
+one tensor at a time); one thread a rank then writes, hashes, agrees with the other ranks over a group of its own and
+commits. Saves never overlap.
 """
 
+import contextlib
 import functools
 import json
 import logging
+import os
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ii_dist.checkpoint.shards import TensorSpec, assign_shards, spec_of
+from ii_dist.checkpoint.staging import Staging
 from ii_dist.checkpoint.store import CheckpointStore, StepContent
 from ii_dist.config.errors import CheckpointError
 from ii_dist.config.schema import CheckpointConfig
 from ii_dist.runtime.group import all_gather_bytes, new_cpu_group
 from ii_dist.runtime.scattered import Scattered
 
-_ALIGN_BYTES = 64
+# Not the lowest: a thread that waits long for a core may hold the interpreter's lock meanwhile.
+_NICER = 10
 logger = logging.getLogger(__name__)
 
 
@@ -45,63 +48,6 @@ class SaveResult:
     late_s: float = 0.0
 
 
-class Staging:
-    """Host memory for copies of one rank's share: a single block, made anew only when the share's layout changes."""
-
-    def __init__(self) -> None:
-        self._layout: object = None
-        self._views: dict[str, Tensor] = {}
-
-    def copy(
-        self, tensors: Mapping[str, Tensor | Scattered], owner: Mapping[str, int], rank: int
-    ) -> "tuple[dict[str, Tensor], torch.cuda.Event | None]":
-        """Copies of the tensors that `rank` owns, and the event after which they hold the values (None: they do now).
-
-        From CUDA the copies are queued on the current stream, so that later updates of the tensors come after them and
-        this call does not wait. Strides are kept: a plain memory copy, whatever the memory format. Collective where
-        tensors are scattered: every rank then takes part in all of them, in the order of their names.
-        """
-        share = {name: tensors[name] for name in sorted(tensors) if owner[name] == rank}
-        layout = [(n, t.dtype, t.shape, _dense_strides(t), t.is_cuda) for n, t in share.items()]
-        if layout != self._layout:
-            self._views = _carve(share)
-            self._layout = layout
-        with torch.no_grad():
-            for name in sorted(tensors):
-                tensor = tensors[name]
-                whole = tensor.collect(owner[name]) if isinstance(tensor, Scattered) else tensor
-                if owner[name] == rank:
-                    assert whole is not None
-                    self._views[name].copy_(whole, non_blocking=True)
-        if not any(tensor.is_cuda for tensor in share.values()):
-            return self._views, None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return self._views, event
-
-
-def _dense_strides(tensor: Tensor | Scattered) -> tuple[int, ...]:
-    """The tensor's own strides where they leave no gaps, else row-major ones."""
-    if isinstance(tensor, Scattered):
-        return torch.empty(tensor.shape, device="meta").stride()
-    return torch.empty_like(tensor, device="meta").stride()
-
-
-def _carve(share: Mapping[str, Tensor | Scattered]) -> dict[str, Tensor]:
-    starts: dict[str, int] = {}
-    total = 0
-    for name, tensor in share.items():
-        starts[name] = total
-        total += -(-tensor.nbytes // _ALIGN_BYTES) * _ALIGN_BYTES
-    pinned = any(tensor.is_cuda for tensor in share.values())
-    block = torch.empty(total, dtype=torch.uint8, pin_memory=pinned)
-    views = {}
-    for name, tensor in share.items():
-        flat = block[starts[name] : starts[name] + tensor.nbytes].view(tensor.dtype)
-        views[name] = flat.as_strided(tensor.shape, _dense_strides(tensor))
-    return views
-
-
 class Saver:
     """Saves steps of one run from every rank. Made, called and closed by all ranks in the same order (collective)."""
 
@@ -109,10 +55,10 @@ class Saver:
         self._store = store
         self._cfg = cfg
         self._gather = functools.partial(all_gather_bytes, group=new_cpu_group(timeout_s))
-        self._thread = ThreadPoolExecutor(1, "saver")
+        self._thread = ThreadPoolExecutor(1, "saver", initializer=_give_way)
         self._running: Future[SaveResult] | None = None
         self._done: list[SaveResult] = []
-        self._staging = Staging()
+        self._staging = Staging(store.rank, store.world_size)
 
     def save(
         self, step: int, epoch: int, offset: int, tensors: Mapping[str, Tensor | Scattered], scalars: Mapping[str, Any]
@@ -126,14 +72,12 @@ class Saver:
         start = time.perf_counter()
         self._finish()
         late_s = time.perf_counter() - start
-        specs = [spec_of(name, tensors[name]) for name in sorted(tensors)]
-        shares = assign_shards(((s.name, s.bytes) for s in specs), self._store.world_size)
-        owner = {name: rank for rank, share in enumerate(shares) for name in share}
-        layout: list[tuple[TensorSpec, int]] = [(spec, owner[spec.name]) for spec in specs]
         state = encode_state(scalars)
-        share, ready = self._staging.copy(tensors, owner, self._store.rank)
-        content = StepContent(step, epoch, offset, layout, share, state)
-        self._running = self._thread.submit(self._work, content, ready, start, late_s)
+        self._staging.begin(tensors)
+        content = StepContent(step, epoch, offset, self._staging.layout, self._staging.images, state)
+        # The disk may begin with the first shard while the others are copied.
+        self._running = self._thread.submit(self._work, content, start, late_s)
+        self._staging.fill(tensors)
         return time.perf_counter() - start
 
     def poll(self) -> list[SaveResult]:
@@ -160,10 +104,8 @@ class Saver:
         if running is not None:
             self._done.append(running.result())
 
-    def _work(self, content: StepContent, ready: "torch.cuda.Event | None", start: float, late_s: float) -> SaveResult:
+    def _work(self, content: StepContent, start: float, late_s: float) -> SaveResult:
         """In the thread: write, commit, then delete what retention lets go."""
-        if ready is not None:
-            ready.synchronize()
         try:
             size = self._store.save(content, self._gather)
         except CheckpointError as error:
@@ -177,6 +119,13 @@ class Saver:
             except CheckpointError as error:
                 message = str(error)
         return SaveResult(content.step, True, seconds, size, message, late_s)
+
+
+def _give_way() -> None:
+    """Let the training threads of this process go first; the threads that this one starts inherit it."""
+    here = threading.get_native_id()  # of this thread alone
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, here, os.getpriority(os.PRIO_PROCESS, here) + _NICER)
 
 
 def encode_state(scalars: Mapping[str, Any]) -> bytes:

@@ -1,26 +1,26 @@
-"""One shard: named tensors in one safetensors file, hashed in the same pass that writes it.
+"""Shards: which tensors go into which file, and the bytes of one file.
 
-In: host tensors. Out: a file that any safetensors reader opens, its size and its sha256. The bytes depend on names and
-values alone: larger elements first (so that each tensor is aligned), then by name; row-major whatever the strides.
+In: the names, types and shapes of all tensors; host memory that holds some of them as they will stand in a file. Out: a
+file that any safetensors reader opens, its size and its sha256. The bytes depend on names and values alone: larger
+elements first (so that each tensor is aligned), then by name; row-major whatever the strides.
 Format: 8 bytes little-endian header length, JSON header padded with spaces to 8 bytes, the tensors without gaps.
 """
 
-import hashlib
 import heapq
 import json
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ii_dist.checkpoint.disk import CHUNK_BYTES, create_file, open_regular, write_views
+from ii_dist.checkpoint.disk import open_regular, write_hashed
 from ii_dist.config.errors import CheckpointError
+from ii_dist.config.run_folder import LAST_STEP
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ii_dist.runtime.scattered import Scattered
@@ -46,8 +46,9 @@ DTYPES: dict[str, tuple[str, int]] = {
 }
 _CODES = {f"torch.{name}": code for code, (name, _) in DTYPES.items()}
 _HEADER_LIMIT_BYTES = 100_000_000
-_MOST_CHUNKS_BEHIND = 16
-_FLUSH_BYTES = 1 << 24
+# A rank's share is cut into files that are hashed side by side: sha256 of one file keeps one core busy.
+PART_BYTES = 1 << 25
+MOST_PARTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,20 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     @property
+    def element_bytes(self) -> int:
+        return DTYPES[self.dtype][1]
+
+    @property
     def bytes(self) -> int:
-        return prod(self.shape) * DTYPES[self.dtype][1]
+        return prod(self.shape) * self.element_bytes
+
+    @property
+    def torch_dtype(self) -> "torch.dtype":
+        import torch
+
+        dtype = getattr(torch, DTYPES[self.dtype][0])
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +83,30 @@ class ShardFile:
     file: str
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardImage:
+    """A shard in host memory, byte for byte as in the file, but for the header, which is put in front at last.
+
+    specs: its tensors in file order. data: header room, then the tensors; writable. ready: returns when the tensors
+    are all there. Raises CheckpointError if they will never be.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    header_bytes: int
+    data: memoryview
+    ready: Callable[[], None] = lambda: None
+
+    def put_header(self, step: int) -> None:
+        """The same length for every step, so that the tensors stay where they are."""
+        self.data[: self.header_bytes] = encode_shard_header(self.specs, step)
+
+
+def encode_shard_header(specs: Sequence[TensorSpec], step: int) -> bytes:
+    """The header of a shard, of the same length for every step."""
+    longest = len(encode_header(specs, {"format": "pt", "step": str(LAST_STEP)}))
+    return encode_header(specs, {"format": "pt", "step": str(step)}, longest)
 
 
 def spec_of(name: str, tensor: "Tensor | Scattered") -> TensorSpec:
@@ -93,13 +130,24 @@ def assign_shards(names_and_bytes: Iterable[tuple[str, int]], world_size: int) -
     return [sorted(share) for share in shares]
 
 
+def plan_shards(specs: Sequence[TensorSpec], world_size: int) -> list[list[str]]:
+    """Names of each shard's tensors: equally many shards for every rank, those of rank 0 first.
+
+    Pure, like `assign_shards`. As many shards a rank as its share has PART_BYTES, at least one, at most MOST_PARTS.
+    """
+    sizes = {spec.name: spec.bytes for spec in specs}
+    parts = min(MOST_PARTS, max(1, -(-sum(sizes.values()) // (world_size * PART_BYTES))))
+    shares = assign_shards(sizes.items(), world_size)
+    return [part for share in shares for part in assign_shards(((n, sizes[n]) for n in share), parts)]
+
+
 def file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     """The order of tensors in a file: by falling element size, then by name."""
     return sorted(specs, key=lambda spec: (-DTYPES[spec.dtype][1], spec.name))
 
 
-def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """The bytes before the first tensor, for tensors stored in the order of `specs`."""
+def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str], room_bytes: int = 0) -> bytes:
+    """The bytes before the first tensor, for tensors stored in the order of `specs`; at least `room_bytes`."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
     for spec in specs:
@@ -110,96 +158,16 @@ def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> b
         }
         offset += spec.bytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(-len(text) % 8, room_bytes - 8 - len(text))
     return len(text).to_bytes(8, "little") + text
 
 
-def tensor_bytes(tensor: "Tensor") -> memoryview:
-    """The row-major bytes of a CPU tensor; a view of its memory when that is row-major already."""
-    import torch
-
-    flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
-
-
-class HashingWriter:
-    """Writes a new file in chunks; helper threads hash them and flush them to the disk meanwhile.
-
-    Hashing takes a core, flushing waits for the disk: side by side with the making of the next chunk they take about as
-    long as the slowest of the three.
-    """
-
-    def __init__(self, file: int) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self._hasher = ThreadPoolExecutor(1, "hash")
-        self._flusher = ThreadPoolExecutor(1, "flush")
-        self._flushing: Future[None] | None = None
-        self._flushed_bytes = 0
-        self._behind: deque[Future[None]] = deque()
-        self._waiting: list[memoryview] = []
-        self._waiting_bytes = 0
-        self.bytes = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append `data`, which must not change before `finish`: it is not copied."""
-        view = memoryview(data)
-        for start in range(0, len(view), CHUNK_BYTES):
-            piece = view[start : start + CHUNK_BYTES]
-            self._waiting.append(piece)
-            self._waiting_bytes += len(piece)
-            if self._waiting_bytes >= CHUNK_BYTES:
-                self._put()
-
-    def finish(self) -> str:
-        """Flush to the disk; the sha256 of all that was written."""
-        self._put()
-        self._flush_begun()
-        os.fsync(self._file)
-        while self._behind:
-            self._behind.popleft().result()
-        return self._digest.hexdigest()
-
-    def close(self) -> None:
-        self._hasher.shutdown()
-        self._flusher.shutdown()
-
-    def _put(self) -> None:
-        views, self._waiting, self._waiting_bytes = self._waiting, [], 0
-        self._behind.append(self._hasher.submit(self._hash, views))
-        self.bytes += write_views(self._file, views)
-        if self.bytes - self._flushed_bytes >= _FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
-            self._flush_begun()
-            self._flushed_bytes = self.bytes
-            self._flushing = self._flusher.submit(os.fdatasync, self._file)
-        # Pieces that wait for the hasher are kept in memory: not more than a few.
-        if len(self._behind) > _MOST_CHUNKS_BEHIND:
-            self._behind.popleft().result()
-
-    def _flush_begun(self) -> None:
-        """Wait for the flush on its way. The system reports a failed write-back once: no flush may go unasked."""
-        if self._flushing is not None:
-            self._flushing.result()
-
-    def _hash(self, views: list[memoryview]) -> None:
-        for view in views:
-            self._digest.update(view)
-
-
-def write_shard(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> ShardFile:
-    """Write host tensors to the new file `path`; on disk when this returns. Raises OSError, CheckpointError."""
-    specs = file_order(spec_of(name, tensor) for name, tensor in tensors.items())
-    file = create_file(path)
-    writer = HashingWriter(file)
-    try:
-        writer.write(encode_header(specs, {"format": "pt", **metadata}))
-        for spec in specs:
-            writer.write(tensor_bytes(tensors[spec.name]))
-        sha256 = writer.finish()
-    finally:
-        writer.close()
-        os.close(file)
-    return ShardFile(path.name, writer.bytes, sha256)
+def write_shard(path: Path, image: ShardImage, step: int) -> ShardFile:
+    """Write an image, when it is ready, to the new file `path`; on disk when this returns. Raises OSError."""
+    image.ready()
+    image.put_header(step)
+    sha256 = write_hashed(path, image.data)
+    return ShardFile(path.name, len(image.data), sha256)
 
 
 def read_header(path: Path) -> tuple[int, list[TensorSpec]]:

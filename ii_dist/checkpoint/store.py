@@ -1,8 +1,8 @@
 """The checkpoints of one run on disk: the one place that makes, commits and deletes step folders.
 
-In: this rank's share of a step as host tensors, and a way to tell all ranks a row of bytes. Out: a step folder at its
-final name, or no trace of it. Order: every shard into a hidden folder, flushed; state.json; the manifest, flushed; the
-hidden folder, flushed; rename; the parent, flushed. Ranks agree before each stage. No torch at import.
+In: this rank's shards of a step in memory, and a way to tell all ranks a row of bytes. Out: a step folder at its
+final name, or no trace of it. Order: every shard and state.json into a hidden folder, flushed; the manifest, flushed;
+the hidden folder, flushed; rename; the parent, flushed. Ranks agree before each stage. No torch at import.
 """
 
 import hashlib
@@ -10,12 +10,12 @@ import logging
 import os
 import platform
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import ii_dist
 from ii_dist.checkpoint.disk import describe, remove_tree, sync_folder, write_new_file
@@ -23,19 +23,20 @@ from ii_dist.checkpoint.finder import committed_steps, verify_step
 from ii_dist.checkpoint.lease import Lease
 from ii_dist.checkpoint.manifest import Manifest, PositionEntry, ShardEntry, StateEntry, TensorEntry
 from ii_dist.checkpoint.retention import steps_to_delete
-from ii_dist.checkpoint.shards import ShardFile, TensorSpec, write_shard
+from ii_dist.checkpoint.shards import MOST_PARTS, ShardFile, ShardImage, TensorSpec, write_shard
 from ii_dist.config.errors import CheckpointError
 from ii_dist.config.run_folder import COMMITTED, STATE, RunFolder, partial_name, shard_name
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Gather = Callable[[bytes], list[bytes]]
 """Collective: this rank's row in, every rank's row out, in rank order; rows have one length."""
 
 _PARTIAL = ".partial_"
 _TRASH = ".trash_"
-_ROW = struct.Struct("<?Q32s32s900s")
+# What ranks tell each other: fine?, hash of the layout, problem, number of shards; then size and hash of each of them.
+_ROW = struct.Struct("<?32s900sB")
+_SHARD = struct.Struct("<Q32s")
+_ROW_BYTES = _ROW.size + MOST_PARTS * _SHARD.size
+_WRITERS = 4
 logger = logging.getLogger(__name__)
 
 
@@ -51,20 +52,22 @@ class RunFacts:
 
 @dataclass(frozen=True, slots=True)
 class StepContent:
-    """One step to save: the layout of all tensors over the shards, this rank's share as host tensors, the scalars.
+    """One step to save: the layout of all tensors over the shards, this rank's shards in memory, the scalars.
 
-    layout: (spec, rank) of every tensor of every rank. state: the text of state.json, needed on rank 0.
+    layout: (spec, number of its shard) of every tensor of every rank; every rank has equally many shards, those of rank
+    0 are the first. state: the text of state.json, needed on rank 0.
     """
 
     step: int
     epoch: int
     offset: int
     layout: Sequence[tuple[TensorSpec, int]]
-    share: Mapping[str, "Tensor"]
+    images: Sequence[ShardImage]
     state: bytes
 
     def layout_hash(self) -> bytes:
-        text = repr((self.step, [(s.name, s.dtype, s.shape, rank) for s, rank in self.layout]))
+        layout = [(s.name, s.dtype, s.shape, number) for s, number in self.layout]
+        text = repr((self.step, len(self.images), layout))
         return hashlib.sha256(text.encode()).digest()
 
 
@@ -99,18 +102,15 @@ class CheckpointStore:
         layout = content.layout_hash()
         try:
             self._agree(gather, layout, *self._attempt(lambda: self._prepare(partial), partial))
-            path = partial / shard_name(self._rank, self._world_size)
-            shard, problem = self._attempt(
-                lambda: write_shard(path, content.share, {"step": str(content.step)}), partial
-            )
-            shards = self._agree(gather, layout, shard, problem)
+            written, problem = self._attempt(lambda: self._write(content, partial), partial)
+            shards = self._agree(gather, layout, written, problem)
         except CheckpointError:
             self._discard(partial)
             raise
         _, problem = self._attempt(lambda: self._commit(content, partial, shards), partial)
         if problem:
             self._discard(partial)
-        self._agree(gather, layout, None, problem)
+        self._agree(gather, layout, [], problem)
         return sum(shard.bytes for shard in shards) + len(content.state)
 
     def prune(self, keep_last: int, keep_every_steps: int, newest: int) -> list[int]:
@@ -135,42 +135,46 @@ class CheckpointStore:
         return doomed
 
     def sweep(self) -> None:
-        """Remove what killed jobs left: hidden partial folders and trash. Rank 0 only, before the first save."""
+        """Remove what ended saves left: hidden partial folders and trash. Rank 0 only, between saves."""
         checkpoints = self._folder.checkpoints
         try:
             left = list(checkpoints.iterdir()) if checkpoints.is_dir() else []
             for path in left:
                 if path.name.startswith((_PARTIAL, _TRASH)):
-                    logger.info("removing %s, left by an interrupted job", path)
+                    logger.info("removing %s, left by an interrupted save", path)
                     remove_tree(path)
         except OSError as error:
             logger.warning("leftovers not removed: %s", describe(error, checkpoints))
 
-    def _attempt(self, act: Callable[[], ShardFile | None], where: Path) -> tuple[ShardFile | None, str]:
+    def _attempt(self, act: Callable[[], list[ShardFile] | None], where: Path) -> tuple[list[ShardFile], str]:
         """What `act` returned, or the one line of its failure."""
         try:
-            return act(), ""
+            return act() or [], ""
         except OSError as error:
-            return None, describe(error, where)
+            return [], describe(error, where)
         except CheckpointError as error:
-            return None, str(error)
+            return [], str(error)
 
-    def _agree(self, gather: Gather, layout: bytes, shard: ShardFile | None, problem: str) -> list[ShardFile]:
-        """Every rank's shard. Raises CheckpointError if any rank has a problem, the ranks differ, or one is gone."""
-        sha256 = bytes.fromhex(shard.sha256) if shard else bytes(32)
-        size = shard.bytes if shard else 0
+    def _agree(self, gather: Gather, layout: bytes, written: list[ShardFile], problem: str) -> list[ShardFile]:
+        """Every rank's shards. Raises CheckpointError if any rank has a problem, the ranks differ, or one is gone."""
+        row = _ROW.pack(not problem, layout, problem.encode()[:900], len(written))
+        row += b"".join(_SHARD.pack(shard.bytes, bytes.fromhex(shard.sha256)) for shard in written)
         try:
-            rows = gather(_ROW.pack(not problem, size, sha256, layout, problem.encode()[:900]))
+            rows = gather(row.ljust(_ROW_BYTES, b"\0"))
         except RuntimeError as error:
-            raise CheckpointError(f"a rank was lost while saving: {str(error).splitlines()[0][:200]}") from None
+            reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise CheckpointError(f"a rank was lost while saving: {reason}") from None
         shards = []
         for rank, row in enumerate(rows):
-            ok, size, sha256, theirs, text = _ROW.unpack(row)
+            ok, theirs, text, count = _ROW.unpack_from(row)
             if not ok:
                 raise CheckpointError(f"rank {rank}: {text.rstrip(bytes(1)).decode(errors='ignore')}")
             if theirs != layout:
                 raise CheckpointError(f"rank {rank} saves another step or other tensors than rank {self._rank}")
-            shards.append(ShardFile(shard_name(rank, self._world_size), size, sha256.hex()))
+            for number in range(count):
+                size, sha256 = _SHARD.unpack_from(row, _ROW.size + number * _SHARD.size)
+                name = shard_name(rank * count + number, self._world_size * count)
+                shards.append(ShardFile(name, size, sha256.hex()))
         return shards
 
     def _prepare(self, partial: Path) -> None:
@@ -181,14 +185,28 @@ class CheckpointStore:
         if not checkpoints.is_dir():
             checkpoints.mkdir()
             sync_folder(checkpoints.parent)
-        remove_tree(partial)
+        # Also what an earlier save could not take away: on a full disk it is the room for this one.
+        self.sweep()
         partial.mkdir()
+
+    def _write(self, content: StepContent, partial: Path) -> list[ShardFile]:
+        """This rank's shards, side by side: while one waits for the disk another is hashed. On rank 0 state.json."""
+        count = len(content.images)
+        names = [shard_name(self._rank * count + i, self._world_size * count) for i in range(count)]
+
+        def one(name: str, image: ShardImage) -> ShardFile:
+            return write_shard(partial / name, image, content.step)
+
+        with ThreadPoolExecutor(min(_WRITERS, count), "shard") as pool:
+            written = pool.map(one, names, content.images)
+            if self._rank == 0:
+                write_new_file(partial / STATE, content.state)
+            return list(written)
 
     def _commit(self, content: StepContent, partial: Path, shards: list[ShardFile]) -> None:
         if self._rank != 0:
             return
         final = self._folder.step(content.step)
-        write_new_file(partial / STATE, content.state)
         write_new_file(partial / COMMITTED, self._manifest(content, shards).encode())
         sync_folder(partial)
         if final.is_dir() and not verify_step(final):
@@ -215,8 +233,8 @@ class CheckpointStore:
             index_sha256=self._facts.index_sha256,
             versions=_versions(),
             tensors={
-                spec.name: TensorEntry(shard=shard_name(rank, self._world_size), dtype=spec.dtype, shape=spec.shape)
-                for spec, rank in content.layout
+                spec.name: TensorEntry(shard=shards[number].file, dtype=spec.dtype, shape=spec.shape)
+                for spec, number in content.layout
             },
             shards=tuple(ShardEntry(file=s.file, bytes=s.bytes, sha256=s.sha256) for s in shards),
             state=StateEntry(bytes=len(content.state), sha256=hashlib.sha256(content.state).hexdigest()),

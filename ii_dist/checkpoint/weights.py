@@ -1,7 +1,7 @@
 """The network's weights of a step, for programs that do not go on training.
 
-In: what a user typed (a run or a step folder, a file to make). Out: the step meant, the names of its weights, a network
-filled with them. Only `load_network` imports torch.
+In: what a user typed (a run or a step folder, a file of weights, a file to make). Out: the step meant, the names of its
+weights, a network filled with them. Only `load_network` and `load_network_file` import torch.
 """
 
 import json
@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from ii_dist.checkpoint.finder import FoundStep, LeftOut, check_step, find_newest, step_folders
 from ii_dist.checkpoint.manifest import Manifest
 from ii_dist.config.errors import CheckpointError, ConfigError
 from ii_dist.config.run_folder import COMMITTED, RunFolder
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 # Keys of the config's `model` that say how to train, or that timm is given in another place.
 _NOT_ARGUMENTS = ("network", "gate", "zero_init_last", "drop_path")
@@ -76,15 +78,36 @@ def load_network(network: "nn.Module", step: FoundStep, ema: bool) -> None:
 
     names = weight_names(step.manifest, ema)
     tensors, _ = load_step(step.path, step.manifest, names.values(), verified=True)
+    _fill(network, {name: tensors[old] for name, old in names.items()}, step.path)
+
+
+def load_network_file(network: "nn.Module", path: Path) -> dict[str, str]:
+    """Fill `network` with a safetensors file of weights under timm's names; what the file says of itself.
+
+    Every tensor of both must fit. Raises CheckpointError.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+            facts = dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    _fill(network, tensors, path)
+    return facts
+
+
+def _fill(network: "nn.Module", tensors: Mapping[str, "Tensor"], source: Path) -> None:
     own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    theirs = {name: tuple(tensors[old].shape) for name, old in names.items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(own.keys() | theirs.keys()):
         if own.get(name) != theirs.get(name):
             raise CheckpointError(
-                f"{step.path}: {name} is {_shape(theirs.get(name))} there and {_shape(own.get(name))} in the "
-                "network of the run's config.yaml"
+                f"{source}: {name} is {_shape(theirs.get(name))} there and {_shape(own.get(name))} in the "
+                "network of the config"
             )
-    network.load_state_dict({name: tensors[old] for name, old in names.items()})
+    network.load_state_dict(dict(tensors))
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
@@ -114,3 +137,14 @@ def timm_line(model: Mapping[str, Any], num_classes: int | None, file: Path) -> 
         arguments.append(f"num_classes={num_classes}")
     arguments.append(f"checkpoint_path={str(file)!r}")
     return f"import ii_dist.models, timm; model = timm.create_model({', '.join(arguments)})"
+
+
+def loading_line(step: Path, manifest: Manifest, file: Path) -> str:
+    """`timm_line` for weights of a step folder, from its run's config.yaml if that is there."""
+    config = RunFolder(step.resolve().parent.parent).config
+    model: dict[str, Any] = {}
+    if config.is_file():
+        tree = yaml.safe_load(config.read_text(encoding="utf-8"))
+        model = tree.get("model", {}) if isinstance(tree, dict) else {}
+    head = manifest.tensors.get("model.fc.weight")
+    return timm_line(model, head.shape[0] if head is not None and head.shape else None, file)

@@ -1,4 +1,4 @@
-"""The `ii-dist` command: train, eval, show, models, export.
+"""The `ii-dist` command: train, eval, show, models, export, recalibrate.
 
 In: arguments. Out: an exit code (`ii_dist.config.errors`). What needs no torch is checked before it is imported.
 """
@@ -12,7 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ii_dist
-from ii_dist.config import Plan, RunConfig, UserError, data_facts, dump_config, load_config, make_plan, ranks_on_a_node
+from ii_dist.config import (
+    NEW_CONFIG_HELP,
+    Plan,
+    RunConfig,
+    UserError,
+    data_facts,
+    dump_config,
+    key_list,
+    load_config,
+    make_plan,
+    ranks_on_a_node,
+)
 from ii_dist.config.errors import EXIT_DONE, ConfigError, DataError
 from ii_dist.runtime import World, this_process
 from ii_dist.train.export_request import SUFFIXES, plan_export
@@ -60,14 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("config", type=Path, help=CONFIG_HELP)
     train.add_argument("overrides", nargs="*", metavar="key=value")
-    train.add_argument(
-        "--new-config", action="store_true", help="go on in an existing run folder although its settings differ"
-    )
+    train.add_argument("--new-config", type=key_list, default=(), metavar="KEYS", help=NEW_CONFIG_HELP)
     train.set_defaults(command=_train)
-    evaluate = commands.add_parser("eval", help="exact top-1 and top-5 of a run's newest checkpoint or of a given one")
-    evaluate.add_argument("path", type=Path, help="run folder, or one runs/NAME/checkpoints/step_... folder")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value")
-    evaluate.set_defaults(command=_evaluate)
+    _add_evaluate(commands)
     show = commands.add_parser("show", help="print the resolved config and the plan; starts no torch (but for --plot)")
     show.add_argument("config", type=Path, help=CONFIG_HELP)
     show.add_argument("overrides", nargs="*", metavar="key=value")
@@ -77,7 +83,34 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="every network with every gate: parameters, MACs, published counts")
     models.set_defaults(command=_models, overrides=[])
     _add_export(commands)
+    _add_recalibrate(commands)
     return parser
+
+
+def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    evaluate = commands.add_parser(
+        "eval", help="exact top-1 and top-5 of a run's newest checkpoint, of a given one, or of a file of weights"
+    )
+    evaluate.add_argument(
+        "path", type=Path, help="run folder, one runs/NAME/checkpoints/step_... folder, or a .safetensors file"
+    )
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluate.add_argument("--config", type=Path, help="for a file: the network and the images; see `train`")
+    evaluate.add_argument("--score", action="store_true", help="end with a line that is top-1 alone, for programs")
+    evaluate.set_defaults(command=_evaluate)
+
+
+def _add_recalibrate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    recalibrate = commands.add_parser(
+        "recalibrate", help="a file of weights with BatchNorm statistics measured anew on training images (one process)"
+    )
+    recalibrate.add_argument("path", type=Path, help="a .safetensors file of weights, such as an average of several")
+    recalibrate.add_argument("overrides", nargs="*", metavar="key=value")
+    recalibrate.add_argument("--config", type=Path, required=True, help="the network and the images; see `train`")
+    recalibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to make")
+    recalibrate.add_argument("--images", type=int, default=10_000, help="rounded up to whole batches (10000)")
+    recalibrate.add_argument("--force", action="store_true", help="replace FILE if it is there")
+    recalibrate.set_defaults(command=_recalibrate)
 
 
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -104,14 +137,29 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from ii_dist.train.preflight import config_of
+    from ii_dist.train.preflight import WEIGHTS_SUFFIX, config_of
 
-    cfg = load_config(config_of(args.path), args.overrides)
+    alone = args.path.suffix == WEIGHTS_SUFFIX
+    if alone != (args.config is not None):
+        raise ConfigError(
+            f"{args.path}: "
+            + ("a file of weights needs --config CONFIG" if alone else "--config goes with a file only")
+        )
+    cfg = load_config(args.config or config_of(args.path), args.overrides)
     world = this_process()
     plan = _checked_plan(cfg, world)
     from ii_dist.train.commands import evaluate_checkpoint
 
-    return _ended(evaluate_checkpoint(cfg, plan, world, args.path))
+    return _ended(evaluate_checkpoint(cfg, plan, world, args.path, args.score))
+
+
+def _recalibrate(args: argparse.Namespace) -> int:
+    cfg = load_config(args.config, args.overrides)
+    world = this_process()
+    plan = _checked_plan(cfg, world)
+    from ii_dist.train.recalibrate import recalibrate
+
+    return _ended(recalibrate(cfg, plan, world, args.path, args.out, args.images, args.force))
 
 
 def _models(_args: argparse.Namespace) -> int:

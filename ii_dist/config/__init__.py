@@ -5,7 +5,8 @@ folder (`RunFolder`), and the errors, with their exit codes, that every other ro
 """
 
 from ii_dist.config.augment import AugmentConfig
-from ii_dist.config.compare import recipe_differences, recipe_sha256
+from ii_dist.config.compare import NEW_CONFIG_HELP, key_list, recipe_differences, recipe_sha256, refuse_unnamed_changes
+from ii_dist.config.engine import EngineConfig, RuntimeConfig
 from ii_dist.config.errors import CheckpointError, ClusterError, ConfigError, DataError, UserError
 from ii_dist.config.facts import data_facts
 from ii_dist.config.index_change import describe_change, index_facts
@@ -18,7 +19,6 @@ from ii_dist.config.run_folder import RunFolder
 from ii_dist.config.schema import (
     CheckpointConfig,
     DataConfig,
-    EngineConfig,
     MetricsConfig,
     ModelConfig,
     OptimConfig,
@@ -27,6 +27,7 @@ from ii_dist.config.schema import (
 )
 
 __all__ = [
+    "NEW_CONFIG_HELP",
     "AugmentConfig",
     "CheckpointConfig",
     "CheckpointError",
@@ -45,6 +46,7 @@ __all__ = [
     "Plan",
     "RunConfig",
     "RunFolder",
+    "RuntimeConfig",
     "TrainConfig",
     "UserError",
     "data_facts",
@@ -52,10 +54,12 @@ __all__ = [
     "dump_config",
     "gpu_count",
     "index_facts",
+    "key_list",
     "load_config",
     "make_plan",
     "ranks_on_a_node",
     "read_index_header",
     "recipe_differences",
     "recipe_sha256",
+    "refuse_unnamed_changes",
 ]

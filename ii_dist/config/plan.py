@@ -22,7 +22,8 @@ class DataFacts:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Derived numbers of one attempt. Only world_size, images_per_rank, micro_batch, accumulate_steps and eval_steps
-    depend on the number of ranks; everything else is the recipe and stays."""
+    depend on the number of ranks, max_images_per_rank and fits on the machine; everything else is the recipe and
+    stays."""
 
     world_size: int
     global_batch: int
@@ -48,12 +49,22 @@ class Plan:
     log_every_steps: int
     image_sizes: tuple[tuple[int, int], ...] = ()
     """(epoch, side in pixels) of the first training images and of each change."""
+    canonical_shards: int = 0
+    """Virtual shards of a global batch: micro-batch k of rank r is shard k * world_size + r. 0 = ranks are shards."""
+    max_images_per_rank: int = 0
+    """Largest micro-batch; 0 = no limit. Where the config says auto it was found by trying, for `fits` alone."""
+    fits: str = ""
+    """The memory and the settings that `max_images_per_rank` was found for."""
 
 
-def make_plan(cfg: RunConfig, world_size: int, facts: DataFacts) -> Plan:
-    """Derive the plan. Raises ConfigError, naming the key, where a number does not come out whole."""
-    batch = cfg.train.global_batch
-    images_per_rank, accumulate = _split_batch(cfg, world_size)
+def make_plan(cfg: RunConfig, world_size: int, facts: DataFacts, found_limit: int = 0, fits: str = "") -> Plan:
+    """Derive the plan. Raises ConfigError, naming the key, where a number does not come out whole.
+
+    found_limit, fits: what `train.max_images_per_rank` auto came to; without them auto is no limit.
+    """
+    batch, limit = cfg.train.global_batch, cfg.train.max_images_per_rank
+    limit = found_limit if limit == "auto" else limit
+    images_per_rank, accumulate = _split_batch(cfg, world_size, limit)
     if facts.train_images < batch:
         raise ConfigError(
             f"train.global_batch {batch}: the data set has {facts.train_images} training images; use that or less"
@@ -86,6 +97,9 @@ def make_plan(cfg: RunConfig, world_size: int, facts: DataFacts) -> Plan:
         save_every_steps=tuple(sorted({n for n in saves if n > 0})),
         log_every_steps=cfg.metrics.log_every_steps,
         image_sizes=_image_sizes(cfg.data, math.ceil(total_steps / steps_per_epoch)),
+        canonical_shards=cfg.runtime.canonical_shards,
+        max_images_per_rank=limit,
+        fits=fits,
     )
 
 
@@ -94,11 +108,13 @@ def _image_sizes(cfg: DataConfig, epochs: int) -> tuple[tuple[int, int], ...]:
     return tuple((epoch, side) for epoch, side in enumerate(sides) if epoch == 0 or side != sides[epoch - 1])
 
 
-def _split_batch(cfg: RunConfig, world_size: int) -> tuple[int, int]:
+def _split_batch(cfg: RunConfig, world_size: int, max_images: int) -> tuple[int, int]:
     """Images a rank and the fewest equal micro-batches that respect the limit, of whole pairs where images are mixed:
     an image and its partner, neighbours in the epoch's order, must be in the same micro-batch on any number of ranks.
     """
-    global_batch, max_images_per_rank = cfg.train.global_batch, cfg.train.max_images_per_rank
+    global_batch = cfg.train.global_batch
+    if cfg.runtime.canonical_shards:
+        return _split_canonical(cfg, world_size, max_images)
     if global_batch % world_size:
         near = ", ".join(str(n) for n in range(1, global_batch + 1) if global_batch % n == 0 and n <= 2 * world_size)
         raise ConfigError(
@@ -106,7 +122,7 @@ def _split_batch(cfg: RunConfig, world_size: int) -> tuple[int, int]:
             f"use a multiple of {world_size}, or one of {near} ranks"
         )
     images_per_rank = global_batch // world_size
-    limit, unit = max_images_per_rank or images_per_rank, 2 if cfg.data.augment.mixes else 1
+    limit, unit = max_images or images_per_rank, 2 if cfg.data.augment.mixes else 1
     if images_per_rank % unit:
         near = ", ".join(str(n) for n in range(1, 2 * world_size + 1) if global_batch % (2 * n) == 0)
         raise ConfigError(
@@ -117,3 +133,30 @@ def _split_batch(cfg: RunConfig, world_size: int) -> tuple[int, int]:
         raise ConfigError(f"train.max_images_per_rank {limit}: Mixup and CutMix need pairs of images; use 2 or more")
     pairs = images_per_rank // unit
     return images_per_rank, next(n for n in range(1, pairs + 1) if pairs % n == 0 and images_per_rank // n <= limit)
+
+
+def _split_canonical(cfg: RunConfig, world_size: int, max_images: int) -> tuple[int, int]:
+    """Images a rank and its virtual shards, each of which is a micro-batch."""
+    batch, shards = cfg.train.global_batch, cfg.runtime.canonical_shards
+    unit = 2 if cfg.data.augment.mixes else 1  # an image and its partner stay together
+    said = f"runtime.canonical_shards {shards}:"
+    if batch % (shards * unit):
+        near = [n for n in range(1, batch // unit + 1) if batch % (n * unit) == 0 and n <= 2 * shards]
+        whole = "whole pairs of images" if unit == 2 else "equal shards"
+        raise ConfigError(f"{said} train.global_batch {batch} gives no {whole}; use one of {_listed(near)} shards")
+    if shards % world_size:
+        near = [n for n in range(1, shards + 1) if shards % n == 0]
+        more = [n for n in range(world_size, batch // unit + 1, world_size) if batch % (n * unit) == 0]
+        other = f", or one of {_listed(more)} shards" if more else ""
+        raise ConfigError(f"{said} does not divide over {world_size} ranks; use one of {_listed(near)} ranks{other}")
+    if 0 < max_images < batch // shards:
+        raise ConfigError(
+            f"{said} a shard is {batch // shards} images, more than train.max_images_per_rank {max_images}; use more "
+            "shards (which changes the training) or a larger limit"
+        )
+    return batch // world_size, shards // world_size
+
+
+def _listed(numbers: list[int]) -> str:
+    """The last few."""
+    return ", ".join(str(number) for number in numbers[-8:])

@@ -20,6 +20,7 @@ from pathlib import Path
 
 COMMITTED = "COMMITTED.json"
 STATE = "state.json"
+LAST_STEP = 10**9 - 1
 _STEP = re.compile(r"step_(\d{9})")
 _SHARD = re.compile(r"shard_(\d{5})-of-(\d{5})\.safetensors")
 _RANK_METRICS = re.compile(r"rank_(\d{5})\.jsonl")
@@ -40,8 +41,8 @@ def partial_name(step: int, fence: int) -> str:
     return f".partial_{step_name(step)}_fence_{fence:06d}"
 
 
-def shard_name(rank: int, world_size: int) -> str:
-    return f"shard_{rank:05d}-of-{world_size:05d}.safetensors"
+def shard_name(number: int, count: int) -> str:
+    return f"shard_{number:05d}-of-{count:05d}.safetensors"
 
 
 def parse_shard(name: str) -> tuple[int, int] | None:

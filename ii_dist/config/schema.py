@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, Strict, model_validator
 
 from ii_dist.config.augment import AugmentConfig
+from ii_dist.config.engine import EngineConfig, RuntimeConfig
 from ii_dist.config.launch import LaunchConfig
 from ii_dist.config.networks import GATE_NAMES, NETWORKS, Shape, fold_widths
 from ii_dist.config.slices import (
@@ -216,47 +217,15 @@ class OptimConfig(Slice):
         return self
 
 
-class EngineConfig(Slice):
-    """How one step runs."""
-
-    kind: Literal["ddp", "deepspeed"] = "ddp"
-    """ddp = torch's DistributedDataParallel; deepspeed = DeepSpeed with `zero_stage`. Checkpoints are the same."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """What DeepSpeed shares out over the ranks instead of keeping it on each: 0 nothing; 1 optimizer state and average;
-    2 gradients too; 3 weights too."""
-    offload_optimizer: bool = False
-    """Optimizer state and update on the host's memory and cores (zero_stage 1 to 3)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto = a GPU where there is one for each rank of the node, else CPU."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    channels_last: bool = True
-    compile: bool = False
-    ema_half_life_epochs: NonNegative = 0.0
-    """Half-life of the exponential moving average of the weights; 0 = none. Where there is one, it is evaluated."""
-    deterministic: bool = False
-    """Only deterministic kernels (slower on GPU)."""
-
-    @model_validator(mode="after")
-    def _deepspeed(self) -> Self:
-        if self.kind != "deepspeed" and self.zero_stage:
-            raise ValueError(f"zero_stage {self.zero_stage}: needs engine.kind deepspeed")
-        if self.offload_optimizer and not self.zero_stage:
-            raise ValueError("offload_optimizer true: needs engine.kind deepspeed and engine.zero_stage 1, 2 or 3")
-        if self.kind == "deepspeed" and self.precision == "fp16":
-            raise ValueError("precision fp16: not with engine.kind deepspeed; use bf16 or fp32")
-        if self.kind == "deepspeed" and self.compile:
-            raise ValueError("compile true: not with engine.kind deepspeed; use engine.kind ddp")
-        return self
-
-
 class TrainConfig(Slice):
     """How long and how much at once."""
 
     epochs: Positive = 90.0
     global_batch: Count = 256
     """Images a step over all ranks. Never changes with the number of ranks."""
-    max_images_per_rank: Annotated[int, Field(ge=0)] = 0
-    """Largest micro-batch that fits a rank; larger shares are accumulated. 0 = no limit."""
+    max_images_per_rank: Literal["auto"] | Annotated[int, Field(ge=0)] = 0
+    """Largest micro-batch that fits a rank; larger shares are accumulated. 0 = no limit. auto = found by trying when
+    the run starts, the least of all ranks, and kept in plan.json for the attempts after it."""
     eval_every_epochs: Positive = 1.0
     eval_batch_per_rank: Count = 64
     max_skipped_in_a_row: Count = 10
@@ -298,6 +267,7 @@ class RunConfig(Slice):
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
@@ -318,6 +288,8 @@ class RunConfig(Slice):
             raise ValueError(
                 f"optim.warmup_epochs {self.optim.warmup_epochs}: needs train.epochs ({self.train.epochs}) or less"
             )
+        if self.runtime.canonical_shards:
+            self._check_canonical()
         computed = IMAGE_DTYPES[self.engine.precision]
         if self.data.image_dtype not in ("auto", "float32", computed):
             raise ValueError(
@@ -325,6 +297,15 @@ class RunConfig(Slice):
                 f"{'' if computed == 'float32' else f', {computed}'} or float32"
             )
         return self
+
+    def _check_canonical(self) -> None:
+        said, engine = f"runtime.canonical_shards {self.runtime.canonical_shards}:", self.engine
+        if engine.kind != "ddp":
+            raise ValueError(f"{said} needs engine.kind ddp")
+        if engine.compress_gradients != "none" or engine.sync_batchnorm or engine.static_graph:
+            raise ValueError(f"{said} not with engine.compress_gradients, sync_batchnorm or static_graph")
+        if self.train.max_images_per_rank == "auto":
+            raise ValueError(f"{said} says how large a micro-batch is; needs a number as train.max_images_per_rank")
 
     def data_on(self, device_kind: str) -> DataConfig:
         """The data slice for "cpu" or "cuda", `image_dtype` auto decided."""

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from ii_dist.engine.engine import BatchLike
@@ -28,7 +30,10 @@ class DDPEngine(WholeEngine):
                 device_ids=[parts.device.index] if parts.device.type == "cuda" else None,
                 forward_sync_buffers=False,  # rank 0's running statistics are sent when they are read, not each step
                 gradient_as_bucket_view=True,
+                static_graph=parts.engine.static_graph,
             )
+            if parts.engine.compress_gradients == "bf16":
+                self._network.register_comm_hook(None, _in_bfloat16)
             self._warm_up()
 
     def close(self) -> None:
@@ -60,20 +65,27 @@ class DDPEngine(WholeEngine):
         self._scaler.scale(loss).backward(self._share)  # type: ignore[no-untyped-call]
 
     def _warm_up(self) -> None:
-        """One forward and backward that leaves no trace.
+        """A forward and backward pass (with a static graph two) that leaves no trace.
 
-        DDP lays its gradient buckets out anew after the first backward, and with three ranks or more the order of
-        additions depends on that layout. Doing it before step 1 makes a resumed run add in the order of an
-        uninterrupted one. It also moves compilation and cuDNN's choice of kernels out of the first step.
+        DDP lays its gradient buckets out anew after the first backward pass whose order it notes (of a static graph
+        that is the second), and with three ranks or more the order of additions depends on that layout. Doing it before
+        step 1 makes a resumed run add in the order of an uninterrupted one. It also moves compilation and cuDNN's
+        choice of kernels out of the first step.
         """
         parts = self._parts
         keep = {name: tensor.clone() for name, tensor in self._module.named_buffers()}
         whole = self._device.type == "cuda" or parts.engine.compile
         images = parts.plan.micro_batch if whole else min(2, parts.plan.micro_batch)
         zeros_NCHW = torch.zeros(images, 3, parts.image_size, parts.image_size, device=self._device)
-        logits_NC = self._forward(zeros_NCHW.contiguous(memory_format=self._format))
-        logits_NC.float().sum().backward()  # type: ignore[no-untyped-call]
+        for _ in range(2 if parts.engine.static_graph else 1):
+            logits_NC = self._forward(zeros_NCHW.contiguous(memory_format=self._format))
+            logits_NC.float().sum().backward()  # type: ignore[no-untyped-call]
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, tensor in self._module.named_buffers():
                 tensor.copy_(keep[name])
+
+
+def _in_bfloat16(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """torch's own hook, which it gives by its name to NCCL only; gloo adds up bfloat16 as well."""
+    return bf16_compress_hook(group, bucket)

@@ -14,8 +14,9 @@ from ii_dist.runtime.scattered import Scattered
 
 Sums = Mapping[str, torch.Tensor]
 """0-dim device tensors. Sums over this rank's images: loss, images, top1, top5 (of a mixed image the label with the
-larger share counts). Equal on all ranks: grad_norm, skipped (1 when this update was left out for a non-finite number,
-else 0; loss and grad_norm of such a step may be no numbers), skipped_in_row."""
+larger share counts); with virtual shards rank 0 has the sums over all images, the other ranks zeros. Equal on all
+ranks: grad_norm, skipped (1 when this update was left out for a non-finite number, else 0; loss and grad_norm of such a
+step may be no numbers), skipped_in_row."""
 
 
 class BatchLike(Protocol):

@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ii_dist.config.engine import EngineConfig
+from ii_dist.config.errors import ConfigError
 from ii_dist.config.plan import Plan
-from ii_dist.config.schema import EngineConfig, OptimConfig
+from ii_dist.config.schema import OptimConfig
 from ii_dist.engine.engine import BatchLike, EngineState, Sums
 from ii_dist.engine.losses import Labels, loss_sum
 from ii_dist.engine.numerics import FlatBuffers, count_correct, image_losses
@@ -23,6 +25,10 @@ from ii_dist.optim import learning_rate, make_optimizer, set_learning_rate
 from ii_dist.runtime.seeds import seed_step
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+Statistics = tuple[torch.Tensor, list[torch.Tensor]]
+"""A copy of a network's floating-point buffers, as one vector, and of its others (counts of batches)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +51,12 @@ class StepEngine(abc.ABC):
         self._parts, self._device = parts, parts.device
         self._format = torch.channels_last if parts.engine.channels_last else torch.contiguous_format
         self._module: nn.Module = model.to(parts.device, memory_format=weights_format).train()  # type: ignore[call-overload]
+        if parts.engine.sync_batchnorm:
+            self._module = _synced(self._module, parts.device)
+        if parts.engine.checkpoint_activations:
+            _checkpoint_activations(self._module)
         self._buffers = FlatBuffers(self._module)
+        self._counts = [buffer for buffer in self._module.buffers() if not buffer.is_floating_point()]
         self._kept_buffers = torch.empty_like(self._buffers.flat)
         self._optimizer = make_optimizer(self._module, parts.optim)
         self._zero = torch.zeros((), device=parts.device)
@@ -144,14 +155,33 @@ class StepEngine(abc.ABC):
         total: list[torch.Tensor] = []
         last = len(micro_batches) - 1
         for k, batch in enumerate(micro_batches):
-            labels = Labels.of(batch, self._device)
-            with self._micro_batch(k == last):
-                logits_NC = self._forward(self._images(batch))
-                loss = loss_sum(logits_NC, labels, self._parts.optim)
-                self._backward(loss)
-            sums = [loss.detach(), *count_correct(logits_NC.detach(), labels.main_N)]
+            sums = self._pass(batch, k == last)
             total = sums if not total else [a + b for a, b in zip(total, sums, strict=True)]
         return total
+
+    def _pass(self, batch: BatchLike, last: bool) -> list[torch.Tensor]:
+        """Forward and backward pass of one micro-batch; its [loss, top1, top5] sums."""
+        labels = Labels.of(batch, self._device)
+        with self._micro_batch(last):
+            logits_NC = self._forward(self._images(batch))
+            loss = loss_sum(logits_NC, labels, self._parts.optim)
+            if not self._parts.engine.checkpoint_activations:
+                self._backward(loss)
+            else:  # blocks run a second time, and their norms would count this micro-batch twice
+                once = self._take_statistics()
+                self._backward(loss)
+                self._put_statistics(once)
+        return [loss.detach(), *count_correct(logits_NC.detach(), labels.main_N)]
+
+    def _take_statistics(self) -> Statistics:
+        return self._buffers.flat.clone(), [count.clone() for count in self._counts]
+
+    @torch.no_grad()
+    def _put_statistics(self, statistics: Statistics) -> None:
+        flat, counts = statistics
+        self._buffers.flat.copy_(flat)
+        if counts:
+            torch._foreach_copy_(self._counts, counts)
 
     def _images(self, batch: BatchLike) -> torch.Tensor:
         return batch.images_NCHW.to(self._device, non_blocking=True, memory_format=self._format)
@@ -189,3 +219,19 @@ def broadcast_flat(*buffers: FlatBuffers) -> None:
     if dist.is_initialized():
         for each in buffers:
             dist.broadcast(each.flat, src=0)
+
+
+def _checkpoint_activations(module: nn.Module) -> None:
+    enable = getattr(module, "set_grad_checkpointing", None)
+    if enable is None:
+        raise ConfigError(
+            f"engine.checkpoint_activations true: {type(module).__name__} has no blocks for it; use false"
+        )
+    enable(True)
+
+
+def _synced(module: nn.Module, device: torch.device) -> nn.Module:
+    if device.type != "cuda":
+        raise ConfigError("engine.sync_batchnorm true: torch has it for GPUs only; use false on this machine")
+    synced: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    return synced

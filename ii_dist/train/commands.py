@@ -4,9 +4,10 @@ In: a config, its plan, this process's world. Out: an exit code and the lines th
 """
 
 import contextlib
+import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from ii_dist.config import CheckpointError, ClusterError, Plan, RunConfig, RunFolder
 from ii_dist.config.errors import EXIT_DONE, EXIT_STOPPED
 from ii_dist.data import make_eval_source
+from ii_dist.engine import Engine
 from ii_dist.metrics import Summary, format_summary, read_summary, write_summary
 from ii_dist.models.table import format_models, model_rows
 from ii_dist.runtime import World, set_up_logging
@@ -22,8 +24,10 @@ from ii_dist.train.bad_files import count_left_out, refuse_many
 from ii_dist.train.evaluate import evaluate
 from ii_dist.train.loop import fit
 from ii_dist.train.opening import build_engine, join, open_session
+from ii_dist.train.preflight import WEIGHTS_SUFFIX
 from ii_dist.train.resume import find_start, load_start
 from ii_dist.train.session import Session
+from ii_dist.train.sharding_check import check_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ class Outcome:
     text: str = ""
 
 
-def train(cfg: RunConfig, plan: Plan, world: World, new_config: bool = False) -> Outcome:
+def train(cfg: RunConfig, plan: Plan, world: World, new_config: Sequence[str] = ()) -> Outcome:
     """Resume or start, train, save, sum up."""
     started_s = time.monotonic()
     set_up_logging(world)
@@ -49,32 +53,46 @@ def train(cfg: RunConfig, plan: Plan, world: World, new_config: bool = False) ->
     return Outcome(EXIT_DONE if finished else EXIT_STOPPED, text)
 
 
-def evaluate_checkpoint(cfg: RunConfig, plan: Plan, world: World, path: Path) -> Outcome:
-    """Exact accuracy of a run's newest step, or of the step folder `path`."""
+def evaluate_checkpoint(cfg: RunConfig, plan: Plan, world: World, path: Path, score: bool = False) -> Outcome:
+    """Exact accuracy of a run's newest step, of the step folder `path`, or of a safetensors file of weights.
+
+    score: the text's last line is top-1 alone, for programs.
+    """
     set_up_logging(world)
     with contextlib.ExitStack() as stack:
         device = join(cfg, world, stack)
         data, last = cfg.data_on(device.type), cfg.engine.channels_last
         source = make_eval_source(data, plan, world, cfg.seed, str(device), last, cfg.train.eval_batch_per_rank)
         stack.callback(source.close)
-        engine = build_engine(cfg, plan, world, device)
+        check_sharding(cfg, plan, world, source)
+        weights = path if path.suffix == WEIGHTS_SUFFIX else None
+        if cfg.train.max_images_per_rank == "auto":  # the engine warms up with a batch that is known to be asked for
+            plan = dataclasses.replace(plan, micro_batch=min(plan.micro_batch, cfg.train.eval_batch_per_rank))
+        engine = build_engine(cfg, plan, world, device, weights)
         stack.callback(engine.close)
-        step_folder = path if path.parent.name == "checkpoints" else None
-        folder = RunFolder(path.parent.parent if step_folder else path)
-        start = find_start(folder, world, step_folder)
-        if start is None:
-            raise CheckpointError(f"{folder.checkpoints}: no committed step there; train the run first")
-        load_start(folder, start, engine)
+        title = path.name if weights else f"step {_load_newest(path, world, engine)}"
         means = evaluate(engine, source, device, lambda: False)
         assert means is not None
         left_out = count_left_out(source)
         refuse_many(cfg, left_out, plan.eval_images, str(path))
     without = f" ({left_out} bad ones left out)" if left_out else ""
     text = (
-        f"step {start.step}: top-1 {means['top1']:.2f} %, top-5 {means['top5']:.2f} %, "
+        f"{title}: top-1 {means['top1']:.2f} %, top-5 {means['top5']:.2f} %, "
         f"loss {means['loss']:.4f}, {means['images']:.0f} images{without}"
     )
+    text += f"\n{means['top1']:.4f}" if score else ""
     return Outcome(EXIT_DONE, text if world.rank == 0 else "")
+
+
+def _load_newest(path: Path, world: World, engine: Engine) -> int:
+    """Fill the engine from a run's newest step or from the step folder `path`; the step."""
+    step_folder = path if path.parent.name == "checkpoints" else None
+    folder = RunFolder(path.parent.parent if step_folder else path)
+    start = find_start(folder, world, step_folder)
+    if start is None:
+        raise CheckpointError(f"{folder.checkpoints}: no committed step there; train the run first")
+    load_start(folder, start, engine)
+    return start.step
 
 
 def list_models() -> Outcome:

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from safetensors.torch import save as encode_tensors
 from torch import Tensor, nn
 
 import ii_dist
 from ii_dist.checkpoint.disk import describe, sync_folder, write_new_file
+from ii_dist.checkpoint.streams import encode_tensors
 from ii_dist.checkpoint.weights import load_network, timm_line
 from ii_dist.config import CheckpointError, ClusterError
 from ii_dist.models import create_model, fuse_lenses
@@ -130,7 +130,7 @@ def _draft(out: Path, data: bytes) -> Iterator[Path]:
 
 def _encode_safetensors(network: nn.Module, images_NCHW: Tensor, facts: Facts) -> bytes:
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    return encode_tensors(weights, {"format": "pt", **facts})
+    return encode_tensors(weights, facts)
 
 
 def _open_safetensors(path: Path, request: ExportRequest) -> Forward:

@@ -10,15 +10,15 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from ii_dist.checkpoint import CheckpointStore, Lease, RunFacts, Saver, take_lease
 from ii_dist.checkpoint.disk import replace_file
+from ii_dist.checkpoint.weights import load_network_file
 from ii_dist.config import (
-    ConfigError,
     IndexHeader,
     Plan,
     RunConfig,
@@ -26,7 +26,7 @@ from ii_dist.config import (
     dump_config,
     load_config,
     read_index_header,
-    recipe_differences,
+    refuse_unnamed_changes,
 )
 from ii_dist.data import BatchSource, make_eval_source, make_train_source
 from ii_dist.engine import Engine, EngineParts, make_engine
@@ -37,8 +37,10 @@ from ii_dist.runtime import Watchdog, World
 from ii_dist.runtime.group import close_group, open_group, pick_device
 from ii_dist.runtime.seeds import seed_init
 from ii_dist.runtime.stop import StopRequest, StopVote
+from ii_dist.runtime.world import tell_libraries
 from ii_dist.train.agree import on_rank0
 from ii_dist.train.bad_files import BadFileLedger
+from ii_dist.train.fitting import fitting_plan
 from ii_dist.train.resume import StartPoint, check_same_run, find_start, load_start, remember_index, seek_start
 from ii_dist.train.session import Results, Session
 from ii_dist.train.sharding_check import check_sharding
@@ -47,14 +49,18 @@ logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = False) -> Iterator[Session]:
-    """Everything that `fit` needs, opened in the order in which it is needed; closed also when something fails."""
+def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: Sequence[str] = ()) -> Iterator[Session]:
+    """Everything that `fit` needs, opened in the order in which it is needed; closed also when something fails.
+
+    new_config: keys that may differ from what the run was started with.
+    """
     folder = RunFolder(Path(cfg.runs_folder) / cfg.name)
     with contextlib.ExitStack() as stack:
         stop = StopRequest()
         stop.listen()
         stack.callback(stop.close)
         device = join(cfg, world, stack)
+        plan = fitting_plan(cfg, plan, world, device, folder)
         lease = _own_folder(cfg, world, folder, new_config, stack)
         train_source, eval_source = _open_sources(cfg, plan, world, device, stack)
         start = find_start(folder, world)
@@ -105,9 +111,13 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: bool = Fa
 def join(cfg: RunConfig, world: World, stack: contextlib.ExitStack) -> torch.device:
     """Threads, device, process group."""
     device = pick_device(world, cfg.engine.device)
-    if device.type == "cpu" and not world.threads:
+    canonical = cfg.runtime.canonical_shards > 0
+    if canonical and device.type == "cpu":
+        torch.set_num_threads(1)  # a convolution's sums over several threads depend on how many there are
+    elif device.type == "cpu" and not world.threads:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
-    if cfg.engine.deterministic:
+    if cfg.engine.deterministic or (canonical and device.type == "cuda"):
+        tell_libraries(CUBLAS_WORKSPACE_CONFIG=":4096:8")  # without it a matrix product on a GPU is refused
         torch.use_deterministic_algorithms(True)
     elif device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -117,7 +127,7 @@ def join(cfg: RunConfig, world: World, stack: contextlib.ExitStack) -> torch.dev
 
 
 def _own_folder(
-    cfg: RunConfig, world: World, folder: RunFolder, new_config: bool, stack: contextlib.ExitStack
+    cfg: RunConfig, world: World, folder: RunFolder, new_config: Sequence[str], stack: contextlib.ExitStack
 ) -> Lease | None:
     """Rank 0 takes the lease and writes config.yaml; all ranks fail with it."""
     taken: list[Lease] = []
@@ -138,14 +148,9 @@ def _write_plan(folder: RunFolder, plan: Plan) -> str:
     return ""
 
 
-def _write_config(cfg: RunConfig, folder: RunFolder, new_config: bool) -> None:
-    if folder.config.exists() and not new_config and any(folder.checkpoints.glob("step_*")):
-        changed = recipe_differences(load_config(folder.config), cfg)
-        if changed:
-            raise ConfigError(
-                f"{folder.config}: this run was started with other settings ({'; '.join(changed)}); "
-                "restore them, use another name=..., or go on with --new-config"
-            )
+def _write_config(cfg: RunConfig, folder: RunFolder, new_config: Sequence[str]) -> None:
+    if folder.config.exists() and any(folder.checkpoints.glob("step_*")):
+        refuse_unnamed_changes(folder.config, load_config(folder.config), cfg, new_config)
     replace_file(folder.config, dump_config(cfg).encode())
 
 
@@ -165,9 +170,12 @@ def _train_index(cfg: RunConfig) -> IndexHeader | None:
     return None if cfg.data.source == "synthetic" else read_index_header(Path(cfg.data.root) / "train.index")
 
 
-def build_engine(cfg: RunConfig, plan: Plan, world: World, device: torch.device) -> Engine:
+def build_engine(cfg: RunConfig, plan: Plan, world: World, device: torch.device, weights: Path | None = None) -> Engine:
+    """An engine at step 0; weights: a safetensors file that the network (and its average) starts from."""
     seed_init(cfg.seed)
     model = create_model(cfg.model, plan.num_classes)
+    if weights is not None:
+        load_network_file(model, weights)
     return make_engine(
         model,
         EngineParts(cfg.engine, cfg.optim, plan, device, cfg.seed, world.rank, cfg.data.side_of_epoch(0)),

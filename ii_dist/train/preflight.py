@@ -9,6 +9,9 @@ from ii_dist.config import ConfigError, Plan, RunConfig, RunFolder, data_facts, 
 from ii_dist.config.run_folder import parse_step
 from ii_dist.runtime import World
 
+WEIGHTS_SUFFIX = ".safetensors"
+"""How the name of a file of weights ends: it stands alone, so that its config must be named."""
+
 
 def preflight(cfg: RunConfig, world: World) -> Plan:
     """The plan for this world. Raises ConfigError, DataError or ClusterError."""

@@ -16,7 +16,10 @@ _STEPS_PER_EPOCH = 1000  # of a set of any size: epochs and images decide a sche
 
 
 def plot_schedule(cfg: RunConfig, path: Path) -> None:
-    """Draw the learning rate over the epochs into `path` (.png, .svg or .pdf). Raises ConfigError, ClusterError."""
+    """Draw the learning rate, and sizes of images that change, over the epochs into `path` (.png, .svg or .pdf).
+
+    Raises ConfigError, ClusterError.
+    """
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -27,7 +30,10 @@ def plot_schedule(cfg: RunConfig, path: Path) -> None:
     plan = make_plan(cfg, 1, DataFacts(_STEPS_PER_EPOCH * cfg.train.global_batch, 1, 2))
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(7.5, 3.6), dpi=150, layout="constrained")
-        _draw_rate(figure.subplots(), cfg, plan)
+        axes = figure.subplots()
+        _draw_rate(axes, cfg, plan)
+        if len(plan.image_sizes) > 1:
+            _draw_sizes(axes.twinx(), plan, cfg.train.epochs)
         try:
             figure.savefig(path)
         except OSError as error:
@@ -39,6 +45,14 @@ def rates_over_epochs(cfg: RunConfig, plan: Plan) -> tuple[list[float], list[flo
     last = plan.total_steps - 1
     steps = sorted({round(last * point / _POINTS) for point in range(_POINTS + 1)})
     return [step / plan.steps_per_epoch for step in steps], [learning_rate(step, cfg.optim, plan) for step in steps]
+
+
+def _draw_sizes(axes: Any, plan: Plan, epochs: float) -> None:
+    starts, sides = zip(*plan.image_sizes, strict=True)
+    axes.step([*starts, epochs], [*sides, sides[-1]], where="post", color="#d1622b", linewidth=1.4)
+    axes.set_ylim(0, 1.15 * max(sides))
+    axes.set_ylabel("side of training images, pixels", color="#d1622b")
+    axes.spines["right"].set_visible(True)
 
 
 def _draw_rate(axes: Any, cfg: RunConfig, plan: Plan) -> None:

@@ -22,6 +22,7 @@ from ii_dist.config import (
     OptimConfig,
     Plan,
     RunConfig,
+    RuntimeConfig,
     TrainConfig,
     make_plan,
 )
@@ -34,6 +35,7 @@ ensure_torchvision()  # timm's optimizers cannot be imported without
 CLASSES = 7
 ROWS: dict[str, dict[str, object]] = {
     "ddp": {"kind": "ddp"},
+    "canonical": {"kind": "canonical"},
     **{f"zero{stage}": {"kind": "deepspeed", "zero_stage": stage} for stage in range(4)},
     **{f"zero{s}-offload": {"kind": "deepspeed", "zero_stage": s, "offload_optimizer": True} for s in (1, 2, 3)},
 }
@@ -88,9 +90,12 @@ def images(seed: int, count: int = 12) -> Images:
 
 
 def parts(*, accumulate: int = 1, engine: dict[str, object] | None = None, **optim: object) -> EngineParts:
+    row = {"device": "cpu", **(engine or {})}
+    canonical = row["kind"] == "canonical" if "kind" in row else False
     cfg = RunConfig(
         name="x",
-        engine=EngineConfig.model_validate({"device": "cpu", **(engine or {})}),
+        engine=EngineConfig.model_validate(row | ({"kind": "ddp"} if canonical else {})),
+        runtime=RuntimeConfig(canonical_shards=accumulate if canonical else 0),
         optim=OptimConfig.model_validate({"lr": 0.2, "lr_reference_batch": 0, "warmup_epochs": 1, **optim}),
         train=TrainConfig(global_batch=12, max_images_per_rank=12 // accumulate, epochs=5),
     )
@@ -98,8 +103,13 @@ def parts(*, accumulate: int = 1, engine: dict[str, object] | None = None, **opt
     return EngineParts(cfg.engine, cfg.optim, plan, torch.device("cpu"), seed=3, image_size=8)
 
 
-def plain_torch(model: nn.Module, steps: int, accumulate: int = 1, clip: float = 0.0) -> list[float]:
-    """The same training written out: SGD by the formula, warm-up and cosine by the formula."""
+def plain_torch(
+    model: nn.Module, steps: int, accumulate: int = 1, clip: float = 0.0, mean_statistics: bool = False
+) -> list[float]:
+    """The same training written out: SGD by the formula, warm-up and cosine by the formula.
+
+    mean_statistics: micro-batches move the running statistics from one place, and the mean of where they get to counts.
+    """
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     velocity = {p: torch.zeros_like(p) for p in model.parameters()}
@@ -113,10 +123,17 @@ def plain_torch(model: nn.Module, steps: int, accumulate: int = 1, clip: float =
         batch = images(step)
         model.zero_grad()
         loss_sum = 0.0
+        before, reached = {n: b.clone() for n, b in model.named_buffers()}, []
         for x, y in zip(batch.images_NCHW.chunk(accumulate), batch.labels_N.chunk(accumulate), strict=True):
             loss = F.cross_entropy(model(x), y, label_smoothing=0.1, reduction="sum")
             (loss / 12).backward()
             loss_sum += loss.item()
+            if mean_statistics:
+                reached.append({n: b.clone() for n, b in model.named_buffers()})
+                model.load_state_dict(before, strict=False)
+        if mean_statistics:
+            means = {n: torch.stack([each[n] for each in reached]).float().mean(0).to(b) for n, b in before.items()}
+            model.load_state_dict(means, strict=False)
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         with torch.no_grad():
@@ -140,7 +157,8 @@ def test_trains_like_plain_torch(make_engine: MakeEngine, row: dict[str, object]
     reference = network()
     engine = make_engine(copy.deepcopy(reference), parts(accumulate=accumulate, clip_norm=clip, engine=row))
     mine = [float(engine.train_step(micro(images(step), accumulate))["loss"]) for step in range(9)]
-    assert mine == pytest.approx(plain_torch(reference, 9, accumulate, clip), rel=2e-5)
+    canonical = row["kind"] == "canonical"
+    assert mine == pytest.approx(plain_torch(reference, 9, accumulate, clip, canonical), rel=2e-5)
     state = engine.state().whole()
     for name, tensor in reference.state_dict().items():
         torch.testing.assert_close(state[f"model.{name}"], tensor, rtol=1e-4, atol=1e-5, check_stride=False)

@@ -197,10 +197,14 @@ def test_a_run_folder_of_other_settings_or_another_model_is_refused(tmp_path: Pa
     code, line = refusal(config, "optim.momentum=0.8")
     assert code == 2
     assert "optim.momentum: 0.9 -> 0.8" in line
-    code, line = refusal(config, "model.gate=se", "--new-config")
+    assert line.endswith("--new-config optim.momentum")
+    code, line = refusal(config, "optim.momentum=0.8", "optim.lr=0.1", "--new-config", "optim.lr")
+    assert code == 2
+    assert "(optim.momentum: 0.9 -> 0.8)" in line
+    code, line = refusal(config, "model.gate=se", "--new-config", "model.gate")
     assert code == 4
     assert "checkpoint of another model" in line
-    code, line = refusal(config, "train.global_batch=10", "--new-config")
+    code, line = refusal(config, "train.global_batch=10", "--new-config", "train.global_batch,model.gate")
     assert code == 4
     assert "train.global_batch 12" in line
     assert [p.name for p in (tmp_path / "runs" / "run" / "checkpoints").iterdir()] == ["step_000000004"]

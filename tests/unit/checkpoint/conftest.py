@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ii_dist.checkpoint.lease import Lease
 from ii_dist.checkpoint.saver import encode_state
-from ii_dist.checkpoint.shards import assign_shards, spec_of
+from ii_dist.checkpoint.staging import Staging
 from ii_dist.checkpoint.store import CheckpointStore, RunFacts, StepContent
 from ii_dist.config.run_folder import RunFolder
 
@@ -78,17 +78,16 @@ def commit(folder: RunFolder) -> Commit:
         change: Callable[[int, StepContent], StepContent] = lambda rank, content: content,
     ) -> list[Exception | None]:
         tensors = some_tensors(step) if tensors is None else tensors
-        specs = [spec_of(name, tensors[name]) for name in sorted(tensors)]
-        shares = assign_shards([(s.name, s.bytes) for s in specs], world_size)
-        owner = {name: rank for rank, share in enumerate(shares) for name in share}
         ranks = ThreadRanks(world_size)
 
         def one(rank: int) -> Exception | None:
             facts = RunFacts("ddp", 64, "a" * 64, "b" * 64)
             store = CheckpointStore(at, facts, rank, world_size, fence, lease if rank == 0 else None)
-            share = {name: tensors[name] for name in shares[rank]}
+            staged = Staging(rank, world_size)
+            staged.begin(tensors)
+            staged.fill(tensors)
             state = encode_state(scalars or {"step": step})
-            content = StepContent(step, 1, step * 64, [(s, owner[s.name]) for s in specs], share, state)
+            content = StepContent(step, 1, step * 64, staged.layout, staged.images, state)
             try:
                 store.save(change(rank, content), lambda row: ranks.gather(rank, row))
             except Exception as error:

@@ -103,6 +103,8 @@ EVIL: dict[str, Callable[[dict[str, Any]], None]] = {
     "absolute shard": lambda v: v["shards"][0].update(file="/etc/passwd"),
     "shard of another count": lambda v: v["shards"][0].update(file=shard_name(0, 3)),
     "swapped shards": lambda v: v["shards"].reverse(),
+    "shards that no number of ranks wrote": lambda v: v.update(world_size=3),
+    "no shards": lambda v: v.update(shards=[], tensors={}),
     "missing shard": lambda v: v["shards"].pop(),
     "tensor in no shard": lambda v: v["tensors"]["model.n"].update(shard="../x"),
     "tensor larger than its shard": lambda v: v["tensors"]["model.n"].update(shape=[1000]),

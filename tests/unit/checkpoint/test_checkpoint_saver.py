@@ -1,5 +1,6 @@
 """Background saves on one rank: what was true at the call is what is saved; no failure disappears."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ii_dist.checkpoint import CheckpointStore, RunFacts, Saver, committed_steps, find_newest, load_step
-from ii_dist.checkpoint.saver import Staging
+from ii_dist.checkpoint import CheckpointStore, RunFacts, Saver, committed_steps, find_newest, load_step, shards
+from ii_dist.checkpoint.disk import PAGE_BYTES
+from ii_dist.checkpoint.staging import Staging
 from ii_dist.config.errors import CheckpointError
 from ii_dist.config.run_folder import RunFolder
 from ii_dist.config.schema import CheckpointConfig
@@ -147,16 +149,102 @@ def test_scalars_come_back_exactly(folder: RunFolder, saver: Saver, tensors_of: 
     assert loaded(folder)[2] == scalars
 
 
+def staged(staging: Staging, tensors: dict[str, Tensor]) -> dict[str, bytes]:
+    """The bytes of each image, without its header, by the names of its tensors."""
+    staging.begin(tensors)
+    staging.fill(tensors)
+    for image in staging.images:
+        image.ready()
+    return {" ".join(s.name for s in i.specs): bytes(i.data[i.header_bytes :]) for i in staging.images}
+
+
 def test_host_memory_is_used_again(tensors_of: Tensors) -> None:
-    staging = Staging()
-    first, ready = staging.copy(tensors_of(1), dict.fromkeys(tensors_of(1), 0), 0)
-    assert ready is None
-    where = {name: copy.data_ptr() for name, copy in first.items()}
-    second, _ = staging.copy(tensors_of(2), dict.fromkeys(tensors_of(2), 0), 0)
-    assert {name: copy.data_ptr() for name, copy in second.items()} == where
-    for name, tensor in tensors_of(2).items():
-        assert torch.equal(second[name], tensor)
-        assert second[name].stride() == tensor.stride()
-        assert second[name].data_ptr() % 64 == 0
-    third, _ = staging.copy({"other": torch.ones(3)}, {"other": 0}, 0)
-    assert torch.equal(third["other"], torch.ones(3))
+    staging = Staging(0, 1)
+    first = staged(staging, tensors_of(1))
+    images = staging.images
+    assert len(images) == 1
+    second = staged(staging, tensors_of(2))
+    assert staging.images is images
+    assert first != second
+    names = [spec.name for spec in images[0].specs]
+    assert b"".join(row_major(tensors_of(2)[name]) for name in names) == second[" ".join(names)]
+    staged(staging, {"other": torch.ones(3)})
+    assert staging.images is not images
+    assert [spec.name for spec, _ in staging.layout] == ["other"]
+
+
+def row_major(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_parts_of_all_ranks_make_the_whole(tensors_of: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "PART_BYTES", 1000)
+    tensors = tensors_of(3) | {"empty": torch.empty(0)}
+    stagings = [Staging(rank, 2) for rank in range(2)]
+    for staging in stagings:
+        staged(staging, tensors)
+    assert stagings[0].layout == stagings[1].layout
+    assert len(stagings[0].images) == len(stagings[1].images) > 1
+    images = [image for staging in stagings for image in staging.images]
+    assert {spec.name: number for spec, number in stagings[0].layout} == {
+        spec.name: number for number, image in enumerate(images) for spec in image.specs
+    }
+    for image in images:
+        expected = b"".join(row_major(tensors[spec.name]) if spec.bytes else b"" for spec in image.specs)
+        assert bytes(image.data[image.header_bytes :]) == expected
+        begins = torch.frombuffer(image.data, dtype=torch.uint8).data_ptr()
+        assert begins % PAGE_BYTES == 0
+
+
+def test_a_shard_is_ready_before_the_next_one_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "PART_BYTES", 1000)
+    staging = Staging(0, 1)
+    tensors = {f"t{i}": torch.ones(250) for i in range(4)}
+    staging.begin(tensors)
+    asked = [threading.Thread(target=image.ready, daemon=True) for image in staging.images]
+    for thread in asked:
+        thread.start()
+    alive: list[int] = []
+    real = Tensor.copy_
+
+    def copy(self: Tensor, other: Tensor, non_blocking: bool = False) -> Tensor:
+        for thread in asked[: len(alive)]:
+            thread.join(5)
+        alive.append(sum(thread.is_alive() for thread in asked))
+        return real(self, other, non_blocking=non_blocking)
+
+    monkeypatch.setattr(Tensor, "copy_", copy)
+    staging.fill(tensors)
+    assert alive == [4, 3, 2, 1]
+
+
+def test_a_copy_that_fails_is_no_checkpoint(
+    folder: RunFolder, saver: Saver, tensors_of: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy(self: Tensor, other: Tensor, non_blocking: bool = False) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Tensor, "copy_", copy)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            saver.save(1, 0, 0, tensors_of(1), {})
+    (result,) = saver.wait()
+    assert result.message == "step 1 not saved: rank 0: the copy of the tensors in host memory was given up"
+    saver.save(2, 0, 0, tensors_of(2), {})
+    assert saver.wait()[0].ok
+    assert loaded(folder)[0] == 2
+    assert committed_steps(folder.checkpoints) == [2]
+
+
+def test_saving_gives_way_to_training(
+    store: CheckpointStore, saver: Saver, tensors_of: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before, real, seen = priority(), shards.write_hashed, []
+    monkeypatch.setattr(shards, "write_hashed", lambda path, data: (seen.append(priority()), real(path, data))[1])
+    saver.save(1, 0, 0, tensors_of(1), {})
+    assert saver.wait()[0].ok
+    assert seen == [min(19, before + 10)]  # also of the threads that write
+    assert priority() == before

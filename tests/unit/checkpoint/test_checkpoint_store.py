@@ -60,11 +60,13 @@ def test_failure_of_one_rank_is_the_failure_of_all(folder: RunFolder, commit: Co
 
     def damage(rank: int, content: StepContent) -> StepContent:
         if rank == 1:
-            return dataclasses.replace(content, share={"x": torch.ones(1, dtype=torch.complex128)})
+            return dataclasses.replace(content, images=[dataclasses.replace(content.images[0], ready=fail)])
         return content
 
-    text = one_line(commit(20, change=damage))
-    assert text.startswith("rank 1: tensor x: dtype")
+    def fail() -> None:
+        raise CheckpointError("no copy")
+
+    assert one_line(commit(20, change=damage)) == "rank 1: no copy"
     assert committed_steps(folder.checkpoints) == [10]
     assert verify_step(folder.step(10)) == []
     assert hidden(folder) == []
@@ -121,6 +123,14 @@ def test_leftovers_are_swept(folder: RunFolder, commit: Commit) -> None:
     store_of(folder).sweep()
     assert hidden(folder) == [".nfs01"]
     assert committed_steps(folder.checkpoints) == [10]
+
+
+def test_what_a_save_left_makes_room_for_the_next(folder: RunFolder, commit: Commit) -> None:
+    commit(10)
+    for name in (".partial_step_000000015_fence_000001", ".trash_step_000000005_fence_000001"):
+        (folder.checkpoints / name).mkdir()
+    assert commit(20) == [None, None]
+    assert hidden(folder) == []
 
 
 def test_ghost_of_an_earlier_attempt_does_not_disturb(folder: RunFolder, commit: Commit) -> None:

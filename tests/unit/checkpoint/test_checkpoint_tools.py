@@ -18,6 +18,7 @@ from ii_dist.config import ModelConfig, RunConfig, dump_config
 from ii_dist.config.errors import CheckpointError, ConfigError
 from ii_dist.config.run_folder import RunFolder, shard_name
 from ii_dist.models import create_model
+from tests.memory import extra_bytes
 from tools import list_checkpoints, merge_checkpoint, verify_checkpoint
 
 Commit = Callable[..., list[Exception | None]]
@@ -195,18 +196,69 @@ def test_tools_start_without_torch(run: RunFolder, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", text], check=True, cwd=Path(__file__).parents[3], capture_output=True)
 
 
-def test_merge_needs_little_memory(folder: RunFolder, commit: Commit, tmp_path: Path) -> None:
-    commit(1, {f"model.t{i}": torch.zeros(2_000_000, dtype=torch.uint8) for i in range(40)}, world_size=4)
+def test_types_and_json(
+    run: RunFolder, tensors_of: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        out = tmp_path / f"{name}.safetensors"
+        assert merge_checkpoint.main([str(run.root), "--out", str(out), "--dtype", name, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["step"], told["dtype"], told["tensors"], told["bytes"]) == (20, name, 5, out.stat().st_size)
+        for key, tensor in load_file(out).items():
+            source = tensors_of(20)[f"model.{key}"]
+            assert torch.equal(tensor, source.to(dtype) if source.is_floating_point() else source), key
+
+
+def test_types_of_tensors_in_many_pieces(folder: RunFolder, commit: Commit, tmp_path: Path) -> None:
+    whole = torch.randn(1_300_001)
+    commit(1, {"model.w": whole, "model.h": whole.half(), "model.c": torch.arange(200_000)}, 1)
     out = tmp_path / "m.safetensors"
-    text = (
-        "import resource, sys; from tools import merge_checkpoint\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        f"merge_checkpoint.main([{str(folder.step(1))!r}, '--out', {str(out)!r}])\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", text], check=True, cwd=Path(__file__).parents[3], capture_output=True, text=True
-    )
-    extra_bytes = int(done.stdout.splitlines()[-1]) * 1024
-    assert extra_bytes < 0.3 * out.stat().st_size
+    merge_checkpoint.main([str(folder.root), "--out", str(out), "--dtype", "bf16"])
+    found = load_file(out)
+    assert torch.equal(found["w"], whole.bfloat16())
+    assert torch.equal(found["h"], whole.half().bfloat16())
+    assert torch.equal(found["c"], torch.arange(200_000))
+
+
+def test_number_too_large_or_damage(folder: RunFolder, commit: Commit, tmp_path: Path) -> None:
+    commit(1, {"model.w": torch.tensor([1.0, 1e30])}, 1)
+    out = tmp_path / "m.safetensors"
+    with pytest.raises(CheckpointError, match="w: a value of 1e\\+30 does not fit in F16"):
+        merge_checkpoint.main([str(folder.root), "--out", str(out), "--dtype", "fp16"])
+    commit(2, {"model.w": torch.tensor([1.0, 1.0])}, 1)
+    shard = folder.step(2) / shard_name(0, 1)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x7e")  # 1.0 becomes 1.7e38: it is the damage that is told
+    with pytest.raises(CheckpointError, match="content changed"):
+        merge_checkpoint.main([str(folder.step(2)), "--out", str(out), "--dtype", "fp16"])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_whose_newest_steps_are_damaged(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "m.safetensors"
+    (run.step(20) / "state.json").write_text("{}")
+    assert merge_checkpoint.main([str(run.root), "--out", str(out)]) == 0
+    told = capsys.readouterr()
+    assert "from step 10" in told.out
+    assert told.err.count("left out") == 1
+    assert "state.json" in told.err
+    os.truncate(run.step(10) / shard_name(0, 2), 50)
+    out.unlink()
+    with pytest.raises(CheckpointError, match="none of its 2 steps is whole"):
+        merge_checkpoint.main([str(run.root), "--out", str(out)])
+    assert not out.exists()
+
+
+def test_merge_needs_little_memory_however_many_shards(folder: RunFolder, commit: Commit, tmp_path: Path) -> None:
+    tensors = {f"model.t{i}": torch.zeros(250_000) for i in range(64)}
+    needed = {}
+    for world_size in (8, 64):
+        commit(world_size, tensors, world_size)
+        for kind in ("fp32", "bf16"):
+            out = tmp_path / f"{world_size}{kind}.safetensors"
+            arguments = [str(folder.step(world_size)), "--out", str(out), "--dtype", kind]
+            needed[world_size, kind] = extra_bytes("ii_dist.checkpoint.casting", "merge_checkpoint", arguments)
+            assert 0 < needed[world_size, kind] < 0.5 * out.stat().st_size
+    assert needed[64, "fp32"] < needed[8, "fp32"] + 4e6
     shutil.rmtree(folder.checkpoints)

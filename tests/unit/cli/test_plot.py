@@ -19,6 +19,16 @@ def test_a_picture_without_data(tmp_path: Path, suffix: str, start: bytes, capsy
     assert "schedule: linear" in capsys.readouterr().out
 
 
+def test_sizes_that_change_are_drawn_as_well(tmp_path: Path) -> None:
+    fast = RECIPE.with_name("fast_16ep.yaml")
+    pages = []
+    for overrides in ([], ["data.size_schedule=[]"]):
+        assert main(["show", str(fast), *overrides, "--plot", str(tmp_path / "plan.svg")]) == 0
+        pages.append((tmp_path / "plan.svg").read_text())
+    assert "side of training images" in pages[0]
+    assert "side of training images" not in pages[1]
+
+
 def test_what_is_drawn_is_what_is_trained() -> None:
     cfg = load_config(RECIPE, ["train.epochs=10", "optim.warmup_epochs=2"])
     plan = make_plan(cfg, 1, DataFacts(500 * 1024, 1, 2))
