@@ -21,7 +21,7 @@ Looking after it:
     status, logs, why, cancel    the commands
 On the nodes:
     task        looks at what will be unpickled, then hands over to Submitit
-    machine     cores and processes of a node
+    machine     cores of a node; processes: which is which
     job         what Submitit runs on each node: the supervisor
     ranks       starts, watches and ends the ranks of a node
     rendezvous  which node this is, where rank 0 listens

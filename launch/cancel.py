@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from ii_dist.config import ClusterError, RunFolder
 from launch.history import read_attempts
-from launch.machine import started_ticks
 from launch.owner import its_job_has_gone, last_submitted, local_job_lives, read_lease
+from launch.processes import started_ticks
 from launch.records import now_text
 from launch.scheduler import LiveJob
 

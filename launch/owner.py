@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ii_dist.config import ClusterError, RunFolder
-from launch.machine import started_ticks
+from launch.processes import started_ticks
 from launch.scheduler import LiveJob
 from launch.submitted import Submitted, read_submitted
 

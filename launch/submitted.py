@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ii_dist.config import RunFolder
-from launch.machine import started_ticks
+from launch.processes import started_ticks
 from launch.records import now_text
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from ii_dist.config import ClusterError, RunFolder
 from launch import cancel, why
-from launch.machine import started_ticks
 from launch.owner import one_submission, require_free
+from launch.processes import started_ticks
 from launch.submitted import note_submitted, read_submitted
 from tests.unit.launch.cases import Case, is_gone, wait_until
 from tests.unit.launch.made_runs import MadeRun
