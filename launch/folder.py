@@ -33,7 +33,7 @@ def prepare_run_folder(folder: RunFolder, cfg: RunConfig, new_config: Sequence[s
     """
     text = dump_config(cfg)
     try:
-        folder.root.mkdir(parents=True, exist_ok=True)
+        own_folder(folder.root)
         before = folder.config.read_text(encoding="utf-8") if folder.config.exists() else None
         if before == text:
             return ""
@@ -53,14 +53,49 @@ def private_folder(path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)
-        status = path.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-            raise ClusterError(f"{path}: is a link or belongs to somebody else; remove it or set runs_folder")
-        if stat.S_IMODE(status.st_mode) != 0o700:
+        _require_ours(path)
+        if stat.S_IMODE(path.lstat().st_mode) != 0o700:
             path.chmod(0o700)
     except OSError as error:
         raise ClusterError(f"{path}: cannot be made private ({error.strerror}); set runs_folder elsewhere") from None
     return path
+
+
+def own_folder(path: Path) -> Path:
+    """Make `path` a folder of ours that nobody else may write to. A new one is private; who may read is kept."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        _require_ours(path)
+        mode = stat.S_IMODE(path.lstat().st_mode)
+        if mode & 0o022:
+            path.chmod(mode & ~0o022)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or path}: cannot be written ({error.strerror}); mend that or set runs_folder"
+        ) from None
+    return path
+
+
+def check_private(path: Path, forbidden_bits: int) -> None:
+    """Raise ClusterError where `path` is a link, belongs to somebody else, or has one of these permission bits."""
+    try:
+        status = path.lstat()
+    except OSError as error:
+        raise ClusterError(f"{path}: {error.strerror}; submit again") from None
+    if stat.S_ISLNK(status.st_mode) or status.st_uid != os.getuid():
+        raise ClusterError(f"{path}: is a link or belongs to somebody else; nothing of it is run. Submit again")
+    if status.st_mode & forbidden_bits:
+        raise ClusterError(
+            f"{path}: others may change it (mode {stat.S_IMODE(status.st_mode):04o}); nothing of it is run. Look at"
+            f" what is in there, then submit again"
+        )
+
+
+def _require_ours(path: Path) -> None:
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise ClusterError(f"{path}: is a link or belongs to somebody else; remove it or set runs_folder")
 
 
 def _accept_change(folder: RunFolder, cfg: RunConfig, new_config: Sequence[str]) -> str:

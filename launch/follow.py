@@ -67,3 +67,16 @@ def wait_gone(alive: Callable[[], bool], limit_s: float = LAST_WORD_S) -> None:
     until_s = time.monotonic() + limit_s
     while alive() and time.monotonic() < until_s:
         time.sleep(POLL_S / 4)
+
+
+def seldom(question: Callable[[], bool], every_s: float) -> Callable[[], bool]:
+    """`question`, asked at most every `every_s`; the last answer in between."""
+    asked_s, answer = float("-inf"), True
+
+    def cached() -> bool:
+        nonlocal asked_s, answer
+        if time.monotonic() - asked_s >= every_s:
+            asked_s, answer = time.monotonic(), question()
+        return answer
+
+    return cached

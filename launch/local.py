@@ -15,6 +15,7 @@ from typing import Any
 
 from ii_dist.config import ClusterError
 from launch.job import TrainJob
+from launch.task import task_command
 
 NO_LIMIT_MINUTES = 60 * 24 * 3650
 """Submitit ends a local job after 5 minutes unless told otherwise; time limits are the cluster's."""
@@ -49,7 +50,9 @@ def submit(job: TrainJob, folder: Path) -> LocalHandle:
         import submitit
     except ImportError:
         raise ClusterError("Submitit is not installed: pip install submitit==1.5.4") from None
-    executor = submitit.LocalExecutor(folder)
+    command = task_command([sys.executable], folder)
+    checked = {"_submitit_command_str": property(lambda self: command)}
+    executor = type("CheckedExecutor", (submitit.LocalExecutor,), checked)(folder)
     executor.update_parameters(timeout_min=NO_LIMIT_MINUTES, tasks_per_node=1, nodes=1, stderr_to_stdout=True)
     with _away_from_terminal(folder / "controller.log"):
         return LocalHandle(executor.submit(job))

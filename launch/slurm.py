@@ -8,30 +8,51 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import shutil
-import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ii_dist.config import ClusterError, ConfigError, RunConfig
 from launch.job import TrainJob
+from launch.scheduler import may_go_on
+from launch.task import task_command
 
 Parameters = dict[str, Any]
-_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+Words = tuple[str, ...]
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_WORD = re.compile(_NAME)
+_LISTS = {"constraint": re.compile(rf"{_NAME}([&|]{_NAME})*"), "exclude": re.compile(rf"{_NAME}(,{_NAME})*")}
+"""Parameters whose value may be several words, and how they are joined."""
 _KEY = re.compile(r"[a-z][a-z_]{0,31}")
 _FOLDER = re.compile(r"/[\w./+=@,~-]*")
-_ARGUMENT = re.compile(r"--[a-z-]+=[A-Za-z0-9._-]+")
-_NO_EXIT_YET = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "STOPPED", "RESIZING")
+_ARGUMENT = re.compile(r"--[a-z-]+=[A-Za-z0-9._/:@#+,-]+")
+_SETUP = re.compile(
+    r"module load( [A-Za-z0-9][A-Za-z0-9._+/-]*)+|export [A-Za-z_][A-Za-z0-9_]*=(|[\w.,:=/@%+-]+|'[\w.,:;=/@%+ -]*')",
+    re.ASCII,
+)
+"""The only lines of a shell that a submission may bring: modules and variables."""
+
+__all__ = [
+    "check_folder",
+    "check_parameters",
+    "may_go_on",
+    "require_slurm",
+    "sbatch_parameters",
+    "sbatch_text",
+    "submit",
+]
 
 
-def sbatch_parameters(cfg: RunConfig, ranks_per_node: int) -> Parameters:
-    """Parameters of Submitit's SlurmExecutor: one task a node. Raises ConfigError for a value sbatch must not see."""
+def sbatch_parameters(cfg: RunConfig, ranks_per_node: int, mounts: Sequence[Path] = ()) -> Parameters:
+    """Parameters of Submitit's SlurmExecutor: one task a node. Raises ConfigError for a value sbatch must not see.
+
+    mounts: folders that a container must see as they are.
+    """
     launch = cfg.launch
-    if launch.signal_lead_s >= launch.time_minutes * 60:
-        raise ConfigError(
-            f"launch.signal_lead_s {launch.signal_lead_s}: needs less than launch.time_minutes ({launch.time_minutes})"
-        )
+    _check_sizes(cfg, ranks_per_node)
     srun_args = ["--kill-on-bad-exit=1"]
     parameters: Parameters = {
         "job_name": cfg.name,
@@ -52,12 +73,41 @@ def sbatch_parameters(cfg: RunConfig, ranks_per_node: int) -> Parameters:
         parameters["gpus_per_node"] = launch.gpus_per_node
     if launch.mem_gb:
         parameters["mem"] = f"{launch.mem_gb}GB"
+    if launch.exclude:
+        parameters["exclude"] = ",".join(launch.exclude)
+    if launch.exclusive:
+        parameters["exclusive"] = True
+    if launch.reservation:
+        parameters["additional_parameters"]["reservation"] = launch.reservation
     if launch.cpus_per_rank:
         cpus = launch.cpus_per_rank * ranks_per_node
         parameters["cpus_per_task"] = cpus
         srun_args.append(f"--cpus-per-task={cpus}")  # since SLURM 22.05 a step does not take it from sbatch
+    if setup := setup_lines(cfg):
+        parameters["setup"] = setup
+    if launch.container.kind == "pyxis":
+        srun_args.append(f"--container-image={launch.container.image}")
+        srun_args.append(f"--container-mounts={','.join(_mounts(cfg, mounts))}")
     check_parameters(parameters)
     return parameters
+
+
+def setup_lines(cfg: RunConfig) -> list[str]:
+    """Shell lines that stand before the job's own: modules, then variables."""
+    lines = [f"module load {' '.join(cfg.launch.modules)}"] if cfg.launch.modules else []
+    return lines + [f"export {name}={shlex.quote(value)}" for name, value in cfg.launch.environment.items()]
+
+
+def python_words(cfg: RunConfig, variables: Mapping[str, str], mounts: Sequence[Path] = ()) -> Words:
+    """The command that is Python on a node, in the container where there is one, with `variables` set."""
+    container = cfg.launch.container
+    python = sys.executable if container.kind == "none" else container.python
+    words = ("env", *(f"{name}={value}" for name, value in variables.items()), python)
+    if container.kind != "apptainer":
+        return words
+    binds = [word for mount in _mounts(cfg, mounts) for word in ("--bind", mount)]
+    gpus = ["--nv"] if cfg.launch.gpus_per_node else []
+    return ("apptainer", "exec", *gpus, *binds, container.image, *words)
 
 
 def check_parameters(parameters: Mapping[str, Any]) -> None:
@@ -70,7 +120,14 @@ def check_parameters(parameters: Mapping[str, Any]) -> None:
         elif key == "srun_args":
             if not all(_ARGUMENT.fullmatch(argument) for argument in value):
                 raise ConfigError(f"srun arguments {value!r}: need the form --name=word")
-        elif not (value is None or isinstance(value, int) or (isinstance(value, str) and _WORD.fullmatch(value))):
+        elif key == "setup":
+            if not all(_SETUP.fullmatch(line) for line in value):
+                raise ConfigError(f"sbatch setup {value!r}: only modules and plain variables")
+        elif not (
+            value is None
+            or isinstance(value, int)
+            or (isinstance(value, str) and _LISTS.get(key, _WORD).fullmatch(value))
+        ):
             raise ConfigError(f"sbatch {key} {value!r}: needs 1 to 64 letters, digits, '.', '_' or '-'")
 
 
@@ -82,9 +139,9 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def sbatch_text(folder: Path, parameters: Parameters) -> str:
+def sbatch_text(folder: Path, parameters: Parameters, python: Words = (sys.executable,)) -> str:
     """What Submitit would hand to sbatch, from its own renderer. Needs no SLURM and writes nothing."""
-    executor = _executor(folder, parameters, needs_srun=False)
+    executor = _executor(folder, parameters, python, needs_srun=False)
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
@@ -94,9 +151,12 @@ def require_slurm() -> None:
         raise ClusterError(f"{' and '.join(missing)} not on the PATH: submit from a login node, or use --dry-run")
 
 
-def submit(job: TrainJob, folder: Path, parameters: Parameters) -> str:
-    """Submit `job`, return SLURM's job id. `folder` is Submitit's, private. Raises ClusterError when sbatch refuses."""
-    executor = _executor(folder, parameters, needs_srun=True)
+def submit(job: TrainJob, folder: Path, parameters: Parameters, python: Words = (sys.executable,)) -> str:
+    """Submit `job`, return SLURM's job id. `folder` is Submitit's, private. Raises ClusterError when sbatch refuses.
+
+    python: the command that is Python on a node (`python_words`).
+    """
+    executor = _executor(folder, parameters, python, needs_srun=True)
     umask = os.umask(0o077)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # Submitit prints sbatch's words, and raises them
@@ -109,29 +169,39 @@ def submit(job: TrainJob, folder: Path, parameters: Parameters) -> str:
     return str(submitted.job_id)
 
 
-def may_go_on(job_id: str) -> bool:
-    """Whether SLURM still has the job waiting, running or to be run again. An unanswered question counts as yes."""
-    done = subprocess.run(
-        ["squeue", "--noheader", f"--jobs={job_id}", "--states=all", "--format=%T"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    if done.returncode:
-        return "Invalid job id" not in done.stderr
-    return done.stdout.strip() in _NO_EXIT_YET
+def _check_sizes(cfg: RunConfig, ranks_per_node: int) -> None:
+    launch = cfg.launch
+    if launch.signal_lead_s >= launch.time_minutes * 60:
+        raise ConfigError(
+            f"launch.signal_lead_s {launch.signal_lead_s}: needs less than launch.time_minutes ({launch.time_minutes})"
+        )
+    if cfg.engine.device == "cuda" and ranks_per_node > launch.gpus_per_node:
+        raise ConfigError(
+            f"launch.ranks_per_node {ranks_per_node}: needs a GPU each; launch.gpus_per_node is {launch.gpus_per_node}"
+        )
 
 
-def _executor(folder: Path, parameters: Parameters, needs_srun: bool) -> Any:
+def _mounts(cfg: RunConfig, folders: Sequence[Path]) -> list[str]:
+    own = []
+    for folder in folders:
+        check_folder(folder)
+        if "," in str(folder):
+            raise ConfigError(f"{folder}: a container cannot mount a folder with a comma in its name")
+        own.append(f"{folder}:{folder}")
+    return [*own, *cfg.launch.container.mounts]
+
+
+def _executor(folder: Path, parameters: Parameters, python: Words, needs_srun: bool) -> Any:
     check_parameters(parameters)
     check_folder(folder)
+    command = task_command(python, folder)
     try:
         import submitit
     except ImportError:
         raise ClusterError("Submitit is not installed: pip install submitit==1.5.4") from None
-    kind = submitit.SlurmExecutor
+    changes: dict[str, Any] = {"_submitit_command_str": property(lambda self: command)}
     if not needs_srun:
-        kind = type("TextOnly", (kind,), {"affinity": classmethod(lambda cls: 2)})
-    executor = kind(folder)
+        changes["affinity"] = classmethod(lambda cls: 2)
+    executor = type("CheckedExecutor", (submitit.SlurmExecutor,), changes)(folder)
     executor.update_parameters(**parameters)
     return executor

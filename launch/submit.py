@@ -1,36 +1,37 @@
 """From a config to a job: `python -m launch submit`.
 
-In: file names and overrides. Out: a run folder, a job, and the exit code of the run where it is followed.
+In: file names and overrides. Out: a run folder, a job, and the exit code of the run where it is followed. With
+`--sweep`: several of them.
 """
 
+import contextlib
+import json
 import os
 import shlex
+import socket
 import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from ii_dist.config import (
-    ClusterError,
-    ConfigError,
-    DataError,
-    RunConfig,
-    RunFolder,
-    gpu_count,
-    load_config,
-    ranks_on_a_node,
-)
-from ii_dist.config.errors import EXIT_DONE, EXIT_STOPPED
+from ii_dist.config import ConfigError, DataError, RunFolder, gpu_count, load_config, ranks_on_a_node
+from ii_dist.config.errors import EXIT_DONE, EXIT_STOPPED, ClusterError
 from launch import local, slurm
-from launch.account import account_lines, plan_of
-from launch.fields import watch_of
-from launch.folder import prepare_run_folder, private_folder, run_folder
-from launch.follow import follow, wait_gone
+from launch.account import account_lines, describe, plan_of, refuse_impossible
+from launch.folder import own_folder, prepare_run_folder, private_folder, run_folder
+from launch.follow import follow, seldom, wait_gone
 from launch.job import TrainJob
+from launch.numbers import duration, read_numbers
+from launch.owner import one_submission, require_free
+from launch.planned import PlannedRun
 from launch.ranks import StopSignals, last_lines
 from launch.records import JobRecord
 from launch.rounds import SHOWN_LINES
+from launch.scheduler import live_jobs
+from launch.snapshot import python_variables, snapshot, snapshot_folder
+from launch.submitted import note_submitted
+from launch.sweep import Point, read_sweep, require_names_of_their_own, sweep_table, with_name_of_point, write_sweep
 
 QUEUE_POLL_S = 5.0
 
@@ -43,80 +44,172 @@ class Submission:
     overrides: tuple[str, ...] = ()
     cluster: Path | None = None
     nodes: int | None = None
+    sweep: tuple[str, ...] = ()
     dry_run: bool = False
     follow: bool | None = None
     """None = follow a local run, not a job in a queue."""
     new_config: tuple[str, ...] = ()
     """Keys that may differ from what the run was started with."""
+    as_json: bool = False
 
 
 def submit_run(asked: Submission, environ: Mapping[str, str]) -> int:
     """Do what is asked; returns the command's exit code. Raises UserError before anything is started."""
-    overrides = [*asked.overrides, *([f"launch.nodes={asked.nodes}"] if asked.nodes is not None else [])]
-    cfg = load_config(asked.config, overrides, layers=[asked.cluster] if asked.cluster else [])
-    if cfg.launch.executor == "local" and cfg.launch.nodes > 1:
-        raise ConfigError(f"launch.nodes {cfg.launch.nodes}: this machine is one node; give --cluster FILE for SLURM")
-    ranks_per_node, folder = ranks_on_a_node(cfg, gpu_count(environ)), run_folder(cfg)
+    points = read_sweep(asked.sweep)
+    runs = [_planned(asked, point, number, environ) for number, point in enumerate(points)]
+    require_names_of_their_own([run.cfg.name for run in runs])
     if asked.dry_run:
-        return _dry_run(cfg, folder, ranks_per_node)
-    _check_plan(cfg, ranks_per_node)
-    on_slurm = cfg.launch.executor == "slurm"
-    parameters = slurm.sbatch_parameters(cfg, ranks_per_node) if on_slurm else {}
-    if on_slurm:
-        slurm.require_slurm()
-        slurm.check_folder(folder.root)
-    if said := prepare_run_folder(folder, cfg, asked.new_config):
-        print(said, flush=True)
-    submitit_folder = private_folder(folder.jobs / "submitit")
-    job = train_job(cfg, folder, ranks_per_node, environ)
-    if on_slurm:
-        return submit_slurm(job, folder, submitit_folder, parameters, follows=asked.follow is True)
-    return submit_local(job, folder, submitit_folder, follows=asked.follow is not False)
+        return _dry_run(runs, asked.as_json)
+    for run in runs:
+        _check(run)
+    if not asked.sweep:
+        return _start(runs[0], asked)
+    if asked.follow:
+        raise ConfigError("--follow: shows one run, and a sweep is several; look at them with python -m launch status")
+    if not runs[0].on_slurm:
+        raise ConfigError("--sweep: on this machine the runs would share its cores; give --cluster FILE, or --dry-run")
+    return _start_sweep(runs, asked)
 
 
-def train_job(cfg: RunConfig, folder: RunFolder, ranks_per_node: int, environ: Mapping[str, str]) -> TrainJob:
-    """The job that Submitit pickles: plain fields taken from the config."""
-    umask = os.umask(0o077)
-    os.umask(umask)
-    on_slurm = cfg.launch.executor == "slurm"
-    return TrainJob(
-        run_folder=str(folder.root),
-        executor=cfg.launch.executor,
-        nodes=cfg.launch.nodes,
-        ranks_per_node=ranks_per_node,
-        job="" if on_slurm else local.new_job_name(),
-        cpus_per_rank=cfg.launch.cpus_per_rank if on_slurm else 0,
-        master_port=cfg.launch.master_port,
-        network_interface=cfg.launch.network_interface or "",
-        cuda_visible_devices=None if on_slurm else environ.get("CUDA_VISIBLE_DEVICES"),
-        umask=umask,
-        watch=watch_of(cfg.launch),
-    )
+def _planned(asked: Submission, point: Point, number: int, environ: Mapping[str, str]) -> PlannedRun:
+    overrides = [*asked.overrides, *([f"launch.nodes={asked.nodes}"] if asked.nodes is not None else []), *point]
+    cfg = load_config(asked.config, overrides, layers=[asked.cluster] if asked.cluster else [])
+    cfg = with_name_of_point(cfg, point, number)
+    launch = cfg.launch
+    if launch.executor == "local" and launch.nodes > 1:
+        raise ConfigError(f"launch.nodes {launch.nodes}: this machine is one node; give --cluster FILE for SLURM")
+    if launch.executor == "local" and (launch.container.kind != "none" or launch.modules):
+        raise ConfigError("launch.container and launch.modules: are for launch.executor slurm; give --cluster FILE")
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    return PlannedRun(cfg, run_folder(cfg), ranks_on_a_node(cfg, gpu_count(environ)), visible, point)
 
 
-def _dry_run(cfg: RunConfig, folder: RunFolder, ranks_per_node: int) -> int:
-    if cfg.launch.executor == "slurm":
-        print(slurm.sbatch_text(folder.jobs / "submitit", slurm.sbatch_parameters(cfg, ranks_per_node)))
-    else:
-        print(f"# on this machine, {ranks_per_node} times: {shlex.join(TrainJob.command)} {folder.config}")
-    for line in account_lines(cfg, folder, ranks_per_node):
-        print(f"# {line}")
+def _check(run: PlannedRun) -> None:
+    """Refuse now what every rank, or sbatch, would refuse later. A login node need not see the data."""
+    try:
+        plan_of(run.cfg, run.ranks)
+    except DataError:
+        if not run.on_slurm:
+            raise
+    refuse_impossible(run, read_numbers(run.folder))
+    if run.on_slurm:
+        run.sbatch_parameters()
+        slurm.check_folder(run.folder.root)
+
+
+def _dry_run(runs: list[PlannedRun], as_json: bool) -> int:
+    facts = [describe(run) | {"sbatch": _sbatch_text(run)} for run in runs]
+    if as_json:
+        print(json.dumps({"runs": facts}, indent=1))
+        return EXIT_DONE
+    for run, told in zip(runs, facts, strict=True):
+        local_command = shlex.join([*TrainJob.command, str(run.folder.config)])
+        print(told["sbatch"] or f"# on this machine, {run.ranks_per_node} times: {local_command}")
+        for line in account_lines(run, told):
+            print(f"# {line}")
+    if len(runs) > 1:
+        print("#", *sweep_table([_sweep_row(run, told) for run, told in zip(runs, facts, strict=True)]), sep="\n# ")
     return EXIT_DONE
 
 
-def _check_plan(cfg: RunConfig, ranks_per_node: int) -> None:
-    """Refuse now what every rank would refuse later. A login node need not see the data."""
+def _sbatch_text(run: PlannedRun) -> str | None:
+    if not run.on_slurm:
+        return None
+    python = run.python_words(snapshot_folder(run.folder))
+    return slurm.sbatch_text(run.folder.jobs / "submitit", run.sbatch_parameters(), python)
+
+
+def _start(run: PlannedRun, asked: Submission) -> int:
+    job, handle, submitit_folder = _hand_over(run, asked)
+    if asked.as_json:
+        print(json.dumps({"runs": [_handed_over(run, job)]}), flush=True)
+        return EXIT_DONE
+    if handle is not None:
+        return _watch_local(job, run.folder, handle, follows=asked.follow is not False)
+    _say_submitted(job, run)
+    return _watch_slurm(job, run.folder, submitit_folder) if asked.follow else EXIT_DONE
+
+
+def _start_sweep(runs: list[PlannedRun], asked: Submission) -> int:
+    """Submit one job a run; a run that is refused does not keep the others from theirs."""
+    rows: list[dict[str, Any]] = []
+    worst = EXIT_DONE
+    for run in runs:
+        try:
+            job = _hand_over(run, asked)[0].job
+        except ClusterError as error:
+            print(f"error: {error}", file=sys.stderr)
+            job, worst = "", error.exit_code
+        rows.append({"job": job, **_sweep_row(run, None), "folder": str(run.folder.root)})
+    table = runs[0].folder.root.parent / f"{load_config(asked.config, asked.overrides).name}.sweep.json"
+    write_sweep(table, rows)
+    print(json.dumps({"runs": rows}) if asked.as_json else "\n".join([*sweep_table(rows), f"table: {table}"]))
+    return worst
+
+
+def _sweep_row(run: PlannedRun, told: dict[str, Any] | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"run": run.cfg.name} | dict(choice.split("=", 1) for choice in run.choice)
+    if told is not None and (account := told["account"]) is not None and account["hours"] is not None:
+        row |= {"jobs": account["jobs"], "time": duration(account["hours"] * 3600)}
+        row |= {"rank-hours": f"{account['gpu_hours']:.1f}"}
+    return row
+
+
+def _hand_over(run: PlannedRun, asked: Submission) -> tuple[TrainJob, local.LocalHandle | None, Path]:
+    """Write the run folder and hand the job over, alone in the folder. Raises ClusterError where a job has it."""
+    if run.on_slurm:
+        slurm.require_slurm()
+    own_folder(run.folder.root)
+    with one_submission(run.folder):
+        require_free(run.folder, live_jobs() if run.on_slurm else [])
+        if (said := prepare_run_folder(run.folder, run.cfg, asked.new_config)) and not asked.as_json:
+            print(said, flush=True)
+        own_folder(run.folder.jobs)
+        submitit_folder = private_folder(run.folder.jobs / "submitit")
+        code = snapshot(run.folder)
+        job = run.train_job()
+        handle = None
+        if run.on_slurm:
+            job = replace(job, job=slurm.submit(job, submitit_folder, run.sbatch_parameters(), run.python_words(code)))
+        else:
+            with _variables({**run.cfg.launch.environment, **python_variables(code, os.environ)}):
+                handle = local.submit(job, submitit_folder)
+        _note(job, run.folder, handle, time_minutes=run.cfg.launch.time_minutes, code=code.name)
+    return job, handle, submitit_folder
+
+
+def _handed_over(run: PlannedRun, job: TrainJob) -> dict[str, Any]:
+    return {"run": run.cfg.name, "folder": str(run.folder.root), "job": job.job, "nodes": job.nodes, "ranks": run.ranks}
+
+
+@contextlib.contextmanager
+def _variables(variables: Mapping[str, str]) -> Iterator[None]:
+    """Variables for what is started inside: Submitit's local executor takes them from here and from nowhere else."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
-        plan_of(cfg, cfg.launch.nodes * ranks_per_node)
-    except DataError:
-        if cfg.launch.executor == "local":
-            raise
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def submit_local(job: TrainJob, folder: RunFolder, submitit_folder: Path, follows: bool) -> int:
     """Run `job` on this machine; with `follows` show it, pass Ctrl-C on and return its exit code."""
+    handle = local.submit(job, submitit_folder)
+    _note(job, folder, handle)
+    return _watch_local(job, folder, handle, follows)
+
+
+def _note(job: TrainJob, folder: RunFolder, handle: local.LocalHandle | None, **facts: Any) -> None:
+    sizes = {"nodes": job.nodes, "ranks_per_node": job.ranks_per_node}
+    note_submitted(folder, job.job, job.executor, pid=0 if handle is None else handle.pid, **sizes, **facts)
+
+
+def _watch_local(job: TrainJob, folder: RunFolder, handle: local.LocalHandle, follows: bool) -> int:
     with StopSignals() as stop:
-        handle = local.submit(job, submitit_folder)
         log, record_path = folder.rank_log(job.job, 0), folder.job(job.job)
         if not follows:
             print(f"job {job.job} runs in the background\n  watch: tail -F {log}\n  stop:  kill -TERM {handle.pid}")
@@ -139,20 +232,31 @@ def submit_local(job: TrainJob, folder: RunFolder, submitit_folder: Path, follow
     return _ended(record, folder, job.job, handle.log)
 
 
-def submit_slurm(
-    job: TrainJob, folder: RunFolder, submitit_folder: Path, parameters: slurm.Parameters, follows: bool
-) -> int:
-    """Hand `job` to SLURM and say how to watch it; with `follows` show it and return its exit code."""
+def _say_submitted(job: TrainJob, run: PlannedRun) -> None:
+    shown = shlex.quote(str(run.folder.root))
+    print(f"job {job.job} submitted: {job.nodes} node(s) x {job.ranks_per_node} rank(s)")
+    print(f"  state: python -m launch status {shown}")
+    print(f"  watch: python -m launch logs {shown} --follow")
+    print(f"  stop:  python -m launch cancel {shown} --save")
+    print("\n".join(tensorboard_lines(run.folder)), flush=True)
+
+
+def tensorboard_lines(folder: RunFolder) -> list[str]:
+    """How to look at the curves: TensorBoard on this machine for this machine only, and a tunnel to it."""
+    port = 6006
+    return [
+        f"  curves: tensorboard --host localhost --port {port} --logdir {shlex.quote(str(folder.tensorboard))}",
+        f"          from your own machine: ssh -L {port}:localhost:{port} {socket.gethostname()}, then"
+        f" http://localhost:{port}",
+    ]
+
+
+def _watch_slurm(job: TrainJob, folder: RunFolder, submitit_folder: Path) -> int:
+    """Show the job until it ends; returns its exit code, 0 where the user leaves first."""
+    job_id = job.job
     with StopSignals() as stop:
-        job_id = slurm.submit(job, submitit_folder, parameters)
         log, own_log = folder.rank_log(job_id, 0), submitit_folder / f"{job_id}_0_log.out"
-        print(f"job {job_id} submitted: {job.nodes} node(s) x {job.ranks_per_node} rank(s)")
-        print(
-            f"  queue: squeue -j {job_id}\n  watch: tail -F {log}\n  stop:  scancel --signal=USR2 {job_id}", flush=True
-        )
-        if not follows:
-            return EXIT_DONE
-        alive = _seldom(lambda: slurm.may_go_on(job_id), QUEUE_POLL_S)
+        alive = seldom(lambda: slurm.may_go_on(job_id), QUEUE_POLL_S)
         record = follow(log, folder.job(job_id), alive, stop, on_signal=lambda: False)
         if (record is None or record.end is None) and alive():
             print(f"job {job_id} goes on without this view", file=sys.stderr)
@@ -172,16 +276,3 @@ def _ended(record: JobRecord | None, folder: RunFolder, job: str, supervisor_log
             print(*last_lines(folder.rank_log(job, record.failed_rank), SHOWN_LINES), sep="\n", file=sys.stderr)
         print(f"error: {record.why}; logs: {folder.logs}", file=sys.stderr)
     return record.exit_code
-
-
-def _seldom(question: Callable[[], bool], every_s: float) -> Callable[[], bool]:
-    """`question`, asked at most every `every_s`; the last answer in between."""
-    asked_s, answer = float("-inf"), True
-
-    def cached() -> bool:
-        nonlocal asked_s, answer
-        if time.monotonic() - asked_s >= every_s:
-            asked_s, answer = time.monotonic(), question()
-        return answer
-
-    return cached

@@ -11,6 +11,7 @@ from ii_dist.config.errors import CheckpointError, ClusterError, ConfigError, Da
 from ii_dist.config.facts import data_facts
 from ii_dist.config.index_change import describe_change, index_facts
 from ii_dist.config.index_header import IndexHeader, read_index_header
+from ii_dist.config.launch import ContainerConfig, LaunchConfig
 from ii_dist.config.load import dump_config, load_config
 from ii_dist.config.machine import gpu_count, ranks_on_a_node
 from ii_dist.config.plan import DataFacts, Plan, make_plan
@@ -18,7 +19,6 @@ from ii_dist.config.run_folder import RunFolder
 from ii_dist.config.schema import (
     CheckpointConfig,
     DataConfig,
-    LaunchConfig,
     MetricsConfig,
     ModelConfig,
     OptimConfig,
@@ -33,6 +33,7 @@ __all__ = [
     "CheckpointError",
     "ClusterError",
     "ConfigError",
+    "ContainerConfig",
     "DataConfig",
     "DataError",
     "DataFacts",

@@ -4,6 +4,8 @@ runs/<name>/
   config.yaml  plan.json  lease.json     what runs, who owns the folder
   index.json                             what tells its training images from others
   jobs/<job>.json  jobs/submitit/        one record a job of the chain; Submitit's own files
+  jobs/submitted.jsonl                   one line a submission: job, who, when, which code
+  code/<digest>/                         the code that the jobs run
   logs/<job>_rank_00000.log              what each rank printed
   tb/  metrics/rank_00000.jsonl          numbers
   checkpoints/step_000001000/            a committed step (made only by rename)
@@ -82,6 +84,16 @@ class RunFolder:
     @property
     def jobs(self) -> Path:
         return self.root / "jobs"
+
+    @property
+    def submitted(self) -> Path:
+        """One line a submission, written by whoever submits."""
+        return self.jobs / "submitted.jsonl"
+
+    @property
+    def code(self) -> Path:
+        """Snapshots of the code, one a submitted version."""
+        return self.root / "code"
 
     @property
     def logs(self) -> Path:

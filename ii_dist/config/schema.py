@@ -11,6 +11,7 @@ from pydantic import Field, Strict, model_validator
 
 from ii_dist.config.augment import AugmentConfig
 from ii_dist.config.engine import EngineConfig, RuntimeConfig
+from ii_dist.config.launch import LaunchConfig
 from ii_dist.config.networks import GATE_NAMES, NETWORKS, Shape, fold_widths
 from ii_dist.config.slices import (
     Count,
@@ -25,7 +26,6 @@ from ii_dist.config.slices import (
     Triple,
     Word,
 )
-from ii_dist.config.supervision import SupervisionConfig
 
 ImageDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -255,31 +255,6 @@ class MetricsConfig(Slice):
 
     log_every_steps: Count = 50
     boards: Names = ("console", "tensorboard", "jsonl")
-
-
-class LaunchConfig(SupervisionConfig):
-    """What to ask the machine or the cluster for."""
-
-    executor: Literal["local", "slurm"] = "local"
-    nodes: Count = 1
-    ranks_per_node: Literal["auto"] | Count = "auto"
-    """auto = one a GPU; on a machine without a GPU, `cpu_ranks_per_node`."""
-    cpu_ranks_per_node: Count = 1
-    gpus_per_node: Annotated[int, Field(ge=0)] = 0
-    cpus_per_rank: Annotated[int, Field(ge=0)] = 0
-    """Cores a rank on SLURM; 0 = leave to the cluster."""
-    mem_gb: Annotated[int, Field(ge=0)] = 0
-    time_minutes: Count = 1440
-    signal_lead_s: Annotated[int, Field(ge=10)] = 120
-    """Seconds before the time limit at which SLURM asks the run to stop."""
-    partition: Word | None = None
-    account: Word | None = None
-    qos: Word | None = None
-    constraint: Word | None = None
-    network_interface: Word | None = None
-    """Interface for gloo and NCCL, such as eth0 or ib0."""
-    master_port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port of the first rank's rendezvous; 0 = a free one (local), one by job id (SLURM)."""
 
 
 class RunConfig(Slice):

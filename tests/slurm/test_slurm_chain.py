@@ -13,8 +13,8 @@ from ii_dist.config import RunFolder
 from launch import slurm as submission
 from launch.output import without_stamps
 from launch.records import JobRecord, cancel_path, newest_step, read_record, write_json
-from tests.slurm.conftest import cluster
 from tests.fault_table import note
+from tests.slurm.conftest import cluster
 from tests.slurm.test_slurm_jobs import Submitted
 from tests.unit.launch.cases import ROOT, wait_until
 

@@ -1,13 +1,15 @@
 """What reaches sbatch. The same text is compared with the submitted one, and run, in tests/slurm."""
 
 import dataclasses
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ii_dist.config import ConfigError, LaunchConfig, RunConfig
-from launch.slurm import check_parameters, sbatch_parameters, sbatch_text
+from ii_dist.config import ConfigError, EngineConfig, LaunchConfig, RunConfig
+from launch.slurm import check_parameters, python_words, sbatch_parameters, sbatch_text
 
 FOLDER = Path("/shared/runs/trial/jobs/submitit")
 
@@ -53,13 +55,129 @@ def test_all_flags_of_a_gpu_job() -> None:
     }
     (command,) = [line for line in text.splitlines() if line.startswith("srun ")]
     assert "--kill-on-bad-exit=1 --cpus-per-task=128 " in command
-    assert command.endswith(f"-m submitit.core._submit {FOLDER}")
+    assert command.endswith(f"-u -m launch.task {FOLDER}")
 
 
 def test_what_is_not_asked_for_is_not_sent() -> None:
     text = sbatch_text(FOLDER, sbatch_parameters(config(), ranks_per_node=1))
     named = {flag.partition("=")[0] for flag in flags(text)}
     assert not named & {"--gpus-per-node", "--mem", "--cpus-per-task", "--partition", "--account", "--qos", "--wckey"}
+
+
+def test_modules_variables_and_lists_of_words() -> None:
+    cfg = config(
+        modules=["cuda/13.0", "gcc/13.2.0+nvptx"],
+        environment={"NCCL_DEBUG": "WARN", "NOTE": "a b; c", "EMPTY": ""},
+        exclude=["node3", "node7"],
+        constraint="a100|h100",
+        reservation="course",
+        exclusive=True,
+    )
+    text = sbatch_text(FOLDER, sbatch_parameters(cfg, ranks_per_node=1))
+    assert {"--exclude=node3,node7", "--constraint='a100|h100'", "--reservation=course", "--exclusive"} <= flags(text)
+    lines = text.splitlines()
+    setup = lines[lines.index("# setup") + 1 : lines.index("# command") - 1]
+    assert setup == [
+        "module load cuda/13.0 gcc/13.2.0+nvptx",
+        "export NCCL_DEBUG=WARN",
+        "export NOTE='a b; c'",
+        "export EMPTY=''",
+    ]
+
+
+def test_the_step_starts_from_the_snapshot(tmp_path: Path) -> None:
+    words = python_words(config(), {"PYTHONPATH": "/runs/trial/code/1", "PYTHONSAFEPATH": "1"})
+    text = sbatch_text(FOLDER, sbatch_parameters(config(), 1), words)
+    started = f"env PYTHONPATH=/runs/trial/code/1 PYTHONSAFEPATH=1 {sys.executable} -u -m launch.task {FOLDER}"
+    assert next(line for line in text.splitlines() if line.startswith("srun ")).endswith(started)
+
+
+def test_apptainer_runs_the_step_in_its_image() -> None:
+    container = {"kind": "apptainer", "image": "/images/ii.sif", "mounts": ("/scratch:/scratch:ro",)}
+    cfg = config(gpus_per_node=4, container=container)
+    words = python_words(cfg, {"PYTHONPATH": "/c"}, [Path("/runs/trial"), Path("/data")])
+    assert words == (
+        *("apptainer", "exec", "--nv", "--bind", "/runs/trial:/runs/trial", "--bind", "/data:/data"),
+        *("--bind", "/scratch:/scratch:ro", "/images/ii.sif", "env", "PYTHONPATH=/c", "python3"),
+    )
+
+
+def test_pyxis_gives_the_image_to_srun() -> None:
+    cfg = config(container={"kind": "pyxis", "image": "nvcr.io#nvidia/pytorch:25.01-py3"})
+    text = sbatch_text(FOLDER, sbatch_parameters(cfg, 1, [Path("/runs/trial")]), python_words(cfg, {}))
+    (step,) = [line for line in text.splitlines() if line.startswith("srun ")]
+    assert "--container-image=nvcr.io#nvidia/pytorch:25.01-py3" in shlex.split(step)
+    assert "--container-mounts=/runs/trial:/runs/trial" in shlex.split(step)
+    assert step.endswith(f"env python3 -u -m launch.task {FOLDER}")
+
+
+ATTACK = "x\ntouch /tmp/canary"
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        {"modules": [ATTACK]},
+        {"modules": ["x; id"]},
+        {"modules": ["-x"]},
+        {"exclude": [ATTACK]},
+        {"exclude": ["a b"]},
+        {"reservation": ATTACK},
+        {"constraint": "a&&b"},
+        {"constraint": f"a|{ATTACK}"},
+        {"environment": {"A": ATTACK}},
+        {"environment": {"A": "$(id)"}},
+        {"environment": {"A": "'; id; '"}},
+        {"environment": {ATTACK: "1"}},
+        {"environment": {"LD_PRELOAD": "/x.so"}},
+        {"environment": {"PYTHONPATH": "/x"}},
+        {"environment": {"RANK": "0"}},
+        {"environment": {"SLURM_JOB_ID": "1"}},
+        {"container": {"kind": "apptainer"}},
+        {"container": {"kind": "apptainer", "image": ATTACK}},
+        {"container": {"kind": "apptainer", "image": "--fakeroot"}},
+        {"container": {"kind": "pyxis", "image": "x,y"}},
+        {"container": {"kind": "pyxis", "image": "x", "mounts": ["/a:/b,/etc:/etc"]}},
+        {"container": {"kind": "pyxis", "image": "x", "mounts": [ATTACK]}},
+        {"container": {"kind": "pyxis", "image": "x", "python": "python3 -c x"}},
+    ],
+)
+def test_attacks_on_the_other_settings_of_a_cluster_are_refused(launch: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="LaunchConfig"):
+        config(**launch)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "id",
+        "module load x; id",
+        "module load x\nid",
+        "module load $(id)",
+        "module unload x",
+        "export A=1; id",
+        "export A='1' id",
+        "export A='x\nid'",
+        "export A=$(id)",
+        "export A='$(id)''",
+    ],
+)
+def test_setup_lines_are_checked_again_at_the_border(line: str) -> None:
+    with pytest.raises(ConfigError, match="only modules and plain variables"):
+        check_parameters({"setup": [line]})
+
+
+@pytest.mark.parametrize("word", ["python\nid", "a\x00b", "a\u2028b"])
+def test_the_jobs_command_is_made_of_plain_words(word: str) -> None:
+    with pytest.raises(ConfigError, match="no plain word"):
+        sbatch_text(FOLDER, sbatch_parameters(config(), 1), ("env", word))
+
+
+def test_more_ranks_than_gpus_are_refused() -> None:
+    cfg = config(gpus_per_node=4).model_copy(update={"engine": EngineConfig(device="cuda")})
+    sbatch_parameters(cfg, 4)
+    with pytest.raises(ConfigError, match=r"launch\.ranks_per_node 8: needs a GPU each; launch\.gpus_per_node is 4"):
+        sbatch_parameters(cfg, 8)
 
 
 PAYLOADS = [
