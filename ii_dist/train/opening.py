@@ -56,12 +56,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: Sequence[
     """
     folder = RunFolder(Path(cfg.runs_folder) / cfg.name)
     with contextlib.ExitStack() as stack:
-        stop = StopRequest()
-        stop.listen()
-        stack.callback(stop.close)
-        heart = Heartbeat(world.beat_file)
-        stack.callback(heart.close)
-        heart.sign("start", 0)
+        stop, heart = _open_signs(world, stack)
         device = join(cfg, world, stack)
         plan = fitting_plan(cfg, plan, world, device, folder)
         lease = _own_folder(cfg, world, folder, new_config, stack)
@@ -72,7 +67,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: Sequence[
         if start is not None:
             check_same_run(folder, start, plan, index)
         remember_index(folder, index, world)
-        on_rank0(world, lambda: _write_plan(folder, plan))
+        on_rank0(world, lambda: _write_what_runs(cfg, plan, folder))
         engine = build_engine(cfg, plan, world, device)
         stack.callback(engine.close)
         if start is not None:
@@ -112,6 +107,17 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: Sequence[
         )
 
 
+def _open_signs(world: World, stack: contextlib.ExitStack) -> tuple[StopRequest, Heartbeat]:
+    """From here on this process hears requests to stop and gives signs of life."""
+    stop = StopRequest()
+    stop.listen()
+    stack.callback(stop.close)
+    heart = Heartbeat(world.beat_file)
+    stack.callback(heart.close)
+    heart.sign("start", 0)
+    return stop, heart
+
+
 def join(cfg: RunConfig, world: World, stack: contextlib.ExitStack) -> torch.device:
     """Threads, device, process group."""
     device = pick_device(world, cfg.engine.device)
@@ -133,29 +139,26 @@ def join(cfg: RunConfig, world: World, stack: contextlib.ExitStack) -> torch.dev
 def _own_folder(
     cfg: RunConfig, world: World, folder: RunFolder, new_config: Sequence[str], stack: contextlib.ExitStack
 ) -> Lease | None:
-    """Rank 0 takes the lease and writes config.yaml; all ranks fail with it."""
+    """Rank 0 takes the lease and compares the config with the run's; all ranks fail with it."""
     taken: list[Lease] = []
 
     def own() -> str:
         lease = take_lease(folder, world.job, world.attempt)
         stack.callback(lease.release)
         taken.append(lease)
-        _write_config(cfg, folder, new_config)
+        if folder.config.exists() and any(folder.checkpoints.glob("step_*")):
+            refuse_unnamed_changes(folder.config, load_config(folder.config), cfg, new_config)
         return ""
 
     on_rank0(world, own)
     return taken[0] if taken else None
 
 
-def _write_plan(folder: RunFolder, plan: Plan) -> str:
+def _write_what_runs(cfg: RunConfig, plan: Plan, folder: RunFolder) -> str:
+    """config.yaml and plan.json, once nothing can refuse them any more."""
+    replace_file(folder.config, dump_config(cfg).encode())
     replace_file(folder.plan, (json.dumps(dataclasses.asdict(plan), indent=2) + "\n").encode())
     return ""
-
-
-def _write_config(cfg: RunConfig, folder: RunFolder, new_config: Sequence[str]) -> None:
-    if folder.config.exists() and any(folder.checkpoints.glob("step_*")):
-        refuse_unnamed_changes(folder.config, load_config(folder.config), cfg, new_config)
-    replace_file(folder.config, dump_config(cfg).encode())
 
 
 def _open_sources(
