@@ -30,6 +30,8 @@ AGAIN_S = 1.0
 STACKS_SIGNAL = signal.SIGUSR1
 """Ranks write the stacks of their threads (`ii_dist.runtime.heartbeat`); a rank that does not know it dies of it."""
 STACKS_S = 3.0
+"""They have this long for it."""
+STACKS_POLL_S = 0.03
 _PR_SET_PDEATHSIG = 1
 
 
@@ -190,15 +192,20 @@ class RankGroup:
         for log in logs.values():
             with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
                 file.write(f"== {note}\n")
+        empty = {rank: _size(log) for rank, log in logs.items()}
+        writes: set[int] = set()
         self._signal(STACKS_SIGNAL)
         self._signal(signal.SIGCONT)  # a stopped process sees no other signal
-        until_s, sizes = time.monotonic() + STACKS_S, -1
-        while self._live and time.monotonic() < until_s:
-            time.sleep(0.5)
+        until_s = time.monotonic() + STACKS_S
+        while (waiting := [rank for rank in empty if rank in self._live]) and time.monotonic() < until_s:
+            time.sleep(STACKS_POLL_S)
             self.reap()
-            before, sizes = sizes, sum(log.stat().st_size for log in logs.values() if log.exists())
-            if before == sizes:
-                return
+            for rank in waiting:
+                if rank in writes and rank in self._live:  # all is written; it shall not train on until it is killed
+                    self._live[rank].send_signal(signal.SIGSTOP)
+                    del empty[rank]
+                elif _size(logs[rank]) > empty[rank]:
+                    writes.add(rank)
 
     def kill(self) -> None:
         """End every live rank at once, with all its children."""
@@ -252,6 +259,13 @@ def last_lines(path: Path, lines: int, limit_bytes: int = 16384) -> list[str]:
 def signal_name(signum: int) -> str:
     names = {int(known): known.name for known in signal.Signals}
     return names.get(signum, f"signal {signum}")  # most real-time signals have no name
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _kill_group(process_group: int) -> None:

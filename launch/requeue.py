@@ -102,8 +102,8 @@ def requeue(
 
 def _submit_again(job: str, folder: Path, words: str, avoid: Sequence[str]) -> str:
     """Submit the job's own script once more, to start when this job has ended."""
-    script, pickled = folder / f"{job}_submission.sh", folder / f"{job}_submitted.pkl"
-    if not script.is_file() or not pickled.is_file():
+    script, submitted = folder / f"{job}_submission.sh", folder / f"{job}_submitted.pkl"
+    if not script.is_file() or not submitted.is_file():
         raise ClusterError(f"job {job} not requeued ({words}), and {script} is not there to submit it again")
     command = ["sbatch", "--parsable", f"--dependency=afterany:{job}"]
     if avoid:
