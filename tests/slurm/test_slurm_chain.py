@@ -14,7 +14,7 @@ from launch import slurm as submission
 from launch.output import without_stamps
 from launch.records import JobRecord, cancel_path, newest_step, read_record, write_json
 from tests.fault_table import note
-from tests.slurm.conftest import cluster
+from tests.slurm.conftest import cluster, start_now
 from tests.slurm.test_slurm_jobs import Submitted
 from tests.unit.launch.cases import ROOT, wait_until
 
@@ -37,7 +37,7 @@ def started_again(job: Submitted, limit_s: float = 90.0) -> None:
     wait_until(lambda: "Restarts=1" in job.facts(), limit_s)
 
     def running() -> bool:
-        scontrol("update", f"jobid={job.id}", "starttime=now")
+        start_now(job.id)
         return job.log(0).count("== job") == 2
 
     wait_until(running, limit_s)
@@ -133,7 +133,7 @@ def test_a_lost_node_is_followed_by_a_new_attempt(tmp_path: Path) -> None:
         assert cluster("boot", "node2").returncode == 0
 
     def finished() -> JobRecord | None:  # SLURM may start the job on the dead node once more before it knows
-        scontrol("update", f"jobid={job.id}", "starttime=now")
+        start_now(job.id)
         record = read_record(job.folder.job(job.id))
         return record if record is not None and record.ended_as == "finished" else None
 
@@ -150,7 +150,13 @@ def digits_run(tmp_path: Path) -> tuple[str, RunFolder]:
     digits = [sys.executable, "-m", "tools.import_dataset", "digits", "--out", str(tmp_path / "digits")]
     subprocess.run(digits, cwd=ROOT, check=True, capture_output=True, timeout=60)
     command = [sys.executable, "-m", "launch", "submit", "configs/demo/digits.yaml", f"runs_folder={tmp_path}/runs"]
-    command += [f"data.root={tmp_path}/digits", "train.epochs=6", "launch.preflight=true", "--no-follow"]
+    command += [
+        f"data.root={tmp_path}/digits",
+        "train.epochs=6",
+        "metrics.log_every_steps=1",
+        "launch.preflight=true",
+        "--no-follow",
+    ]
     cluster_file = ["--cluster", "configs/clusters/slurm_test.yaml"]
     done = subprocess.run([*command, *cluster_file], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -173,7 +179,7 @@ def test_a_training_goes_on_after_a_signal_without_losing_a_step(tmp_path: Path)
     asked_s = time.monotonic()
 
     def resumed() -> list[str]:
-        scontrol("update", f"jobid={job}", "starttime=now")
+        start_now(job)
         return said(r"resuming after step (\d+)")
 
     assert wait_until(resumed, 240) == [str(newest)]

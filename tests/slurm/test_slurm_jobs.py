@@ -18,6 +18,7 @@ from launch.job import TrainJob
 from launch.output import without_stamps
 from launch.records import JobRecord, read_record
 from launch.rendezvous import slurm_port
+from tests.slurm.conftest import start_now
 from tests.unit.launch.cases import ROOT, Plan, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("slurm")]
@@ -135,8 +136,12 @@ def test_a_requeued_job_gets_another_port_and_keeps_its_records(tmp_path: Path) 
     wait_until(lambda: "== job" in job.log(0) and "== job" in job.log(1))
     subprocess.run(["scontrol", "requeue", job.id], check=True)
     wait_until(lambda: "Restarts=1" in job.facts())
-    subprocess.run(["scontrol", "update", f"jobid={job.id}", "starttime=now"], check=False)
-    wait_until(lambda: job.log(0).count("== job") == 2 and job.log(1).count("== job") == 2)
+
+    def both_again() -> bool:
+        start_now(job.id)
+        return job.log(0).count("== job") == 2 and job.log(1).count("== job") == 2
+
+    wait_until(both_again)
     mark.touch()
     record = job.ended()
     assert (record.attempt, record.exit_code) == (1, 0)
