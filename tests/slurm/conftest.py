@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this machine, for the session. Skipped where it cannot run, but not in CI."""
+"""A real SLURM of two nodes, and two spare ones, for the session. Skipped where it cannot run, but not in CI."""
 
 import fcntl
 import os
@@ -16,10 +16,12 @@ FOLDER = Path(f"/tmp/ii-dist-slurm-{os.getuid()}")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "unshare", "flock")
 SETTINGS = {
     "SLURM_CLUSTER_DIR": str(FOLDER),
-    "SLURM_CLUSTER_NODES": "2",
+    "SLURM_CLUSTER_NODES": "4",
     "SLURM_CLUSTER_GPUS": "0",
-    "SLURM_CLUSTER_DB": "0",
+    "SLURM_CLUSTER_DB": "auto",  # sacct answers where slurmdbd and MariaDB are installed
 }
+SPARE = "node[3-4]"
+"""Drained but for the tests that want four nodes (`four_nodes`), so that a lost node has no substitute."""
 
 
 def cluster(*verb: str) -> subprocess.CompletedProcess[str]:
@@ -44,6 +46,25 @@ def start_now(job: str) -> None:
     if since.isdigit() and time.time() - int(since) > 2.5:
         subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], capture_output=True)
     time.sleep(0.2)
+
+
+def set_spare(*what: str) -> None:
+    subprocess.run(["scontrol", "update", f"nodename={SPARE}", *what], check=True)
+
+
+@pytest.fixture
+def four_nodes(slurm: None) -> Iterator[None]:
+    """All four nodes take jobs."""
+    set_spare("state=resume")
+    yield
+    set_spare("state=drain", "reason=spare")
+
+
+@pytest.fixture(scope="session")
+def accounting(slurm: None) -> None:
+    """sacct knows of the jobs."""
+    if subprocess.run(["sacct", "--noheader"], capture_output=True).returncode:
+        give_up("no accounting database (apt-get install slurmdbd mariadb-server-core)")
 
 
 def give_up(reason: str) -> None:
@@ -71,6 +92,7 @@ def slurm() -> Iterator[None]:
         before = os.environ.get("SLURM_CONF")
         os.environ["SLURM_CONF"] = str(FOLDER / "etc" / "slurm.conf")
         try:
+            set_spare("state=drain", "reason=spare")
             yield
         finally:
             if before is None:

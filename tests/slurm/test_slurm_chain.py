@@ -110,6 +110,22 @@ def test_preemption_is_named_and_followed_by_a_requeue(tmp_path: Path) -> None:
     assert (last.exit_code, last.attempt) == (0, 1)
 
 
+def test_without_a_signal_the_clock_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of the job's time is known beforehand: a cluster that sends no signal costs no step."""
+    monkeypatch.setenv("SBATCH_SIGNAL", "CONT@1")  # wins over the script's own USR2
+    mark = tmp_path / "rank 0 stops"
+    plan = {"0": ["polite", "exit:0"], "1": [f"after:{mark}:exit:75", "exit:0"]}
+    job = Submitted(tmp_path, plan, "clock", time_minutes=1)
+    monkeypatch.delenv("SBATCH_SIGNAL")
+    wait_until(lambda: "asked by SIGUSR2" in job.log(0), 60)
+    mark.touch()  # real ranks agree on it
+    started_again(job)
+    first, last = first_and_last(job)
+    assert (first["exit_code"], first["asked"], first["ended_as"]) == (75, "time", "time_limit")
+    assert (first["why"], first["requeued"]) == ("stopped before the time limit", "scontrol")
+    assert (last.exit_code, last.attempt) == (0, 1)
+
+
 def test_a_killed_rank_restarts_both_nodes(tmp_path: Path) -> None:
     job = Submitted(tmp_path, {"0": ["sleep", "exit:0"], "1": ["steps:5:die:SIGKILL", "exit:0"]}, "kill")
     record = job.ended()
