@@ -136,8 +136,9 @@ class NodeLife:
 
     @property
     def stepped(self) -> bool:
-        """Whether any rank came to its first steps."""
-        return any(life.sign is not None and life.sign.phase in _STEADY for life in self._ranks.values())
+        """Whether any rank has finished a step: it has come to the next one, or to an evaluation."""
+        signs = [life.sign for life in self._ranks.values() if life.sign is not None]
+        return any(sign.phase in _STEADY and sign.of_phase > 1 for sign in signs)
 
     @property
     def lead_s(self) -> float:
