@@ -37,11 +37,12 @@ bench: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[bench]'
 	$(BIN)/python -m benchmarks.run_all
 
-# What faults cost: real processes killed and hung, a real SLURM (see tests/slurm). About ten minutes.
+# What faults cost: real processes killed and hung, a real SLURM (see tests/slurm). About a quarter of an hour.
 fault-table: setup
 	rm -f docs/launch-faults.md
 	II_DIST_FAULT_TABLE=docs/launch-faults.md II_DIST_RANDOM_STOPS=20 $(BIN)/python -m pytest -q \
-	  --timeout 1800 tests/ranks/test_launch_faults.py tests/slurm/test_slurm_chain.py
+	  --timeout 1800 tests/ranks/test_launch_faults.py tests/slurm/test_slurm_faults.py tests/slurm/test_slurm_chain.py \
+	  tests/unit/launch/test_launch_owner.py
 
 gpu-check: setup
 	$(BIN)/python -m pytest -m gpu

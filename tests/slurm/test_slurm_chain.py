@@ -149,7 +149,6 @@ def test_a_lost_node_is_followed_by_a_new_attempt(tmp_path: Path) -> None:
         assert cluster("boot", "node2").returncode == 0
 
     def finished() -> JobRecord | None:  # SLURM may start the job on the dead node once more before it knows
-        start_now(job.id)
         record = read_record(job.folder.job(job.id))
         return record if record is not None and record.ended_as == "finished" else None
 

@@ -16,6 +16,7 @@ from launch import cancel, why
 from launch.owner import one_submission, require_free
 from launch.processes import started_ticks
 from launch.submitted import note_submitted, read_submitted
+from tests.fault_table import note
 from tests.unit.launch.cases import Case, is_gone, wait_until
 from tests.unit.launch.made_runs import MadeRun
 
@@ -117,17 +118,6 @@ def test_a_silent_squeue_refuses_while_the_last_job_may_still_wait(tmp_path: Pat
     require_free(run.folder, None)
 
 
-def race_for(name: str, folder: RunFolder, pid: int, ready: threading.Barrier, outcomes: list[str]) -> None:
-    ready.wait()
-    try:
-        with one_submission(folder):
-            require_free(folder, [])
-            note_submitted(folder, name, "local", pid, nodes=1, ranks_per_node=1)
-        outcomes.append(f"{name} won")
-    except ClusterError as error:
-        outcomes.append(str(error))
-
-
 def test_of_two_submissions_at_the_same_moment_one_wins(tmp_path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     """20 races of the sequence that a submission goes through; threads, for a file lock is one of open files."""
     for race in range(20):
@@ -154,6 +144,7 @@ def test_of_two_submissions_at_the_same_moment_one_wins(tmp_path: Path, sleeper:
         (entry,) = read_submitted(run.folder)
         lost = next(outcome for outcome in outcomes if not outcome.endswith("won"))
         assert f"has job {entry.job}" in lost
+    note("two submissions at the same moment, 20 races", None, None, None, "0 mixed: one has the folder, one is told")
 
 
 def test_a_submission_that_hangs_does_not_hold_the_next_for_ever(tmp_path: Path) -> None:
