@@ -212,7 +212,7 @@ def _watch_local(job: TrainJob, folder: RunFolder, handle: local.LocalHandle, fo
     with StopSignals() as stop:
         log, record_path = folder.rank_log(job.job, 0), folder.job(job.job)
         if not follows:
-            print(f"job {job.job} runs in the background\n  watch: tail -F {log}\n  stop:  kill -TERM {handle.pid}")
+            print("\n".join([f"job {job.job} runs in the background", *_command_lines(folder)]))
             return EXIT_DONE
         asked = False
 
@@ -233,12 +233,17 @@ def _watch_local(job: TrainJob, folder: RunFolder, handle: local.LocalHandle, fo
 
 
 def _say_submitted(job: TrainJob, run: PlannedRun) -> None:
-    shown = shlex.quote(str(run.folder.root))
-    print(f"job {job.job} submitted: {job.nodes} node(s) x {job.ranks_per_node} rank(s)")
-    print(f"  state: python -m launch status {shown}")
-    print(f"  watch: python -m launch logs {shown} --follow")
-    print(f"  stop:  python -m launch cancel {shown} --save")
-    print("\n".join(tensorboard_lines(run.folder)), flush=True)
+    said = f"job {job.job} submitted: {job.nodes} node(s) x {job.ranks_per_node} rank(s)"
+    print("\n".join([said, *_command_lines(run.folder), *tensorboard_lines(run.folder)]), flush=True)
+
+
+def _command_lines(folder: RunFolder) -> list[str]:
+    shown = shlex.quote(str(folder.root))
+    return [
+        f"  state: python -m launch status {shown}",
+        f"  watch: python -m launch logs {shown} --follow",
+        f"  stop:  python -m launch cancel {shown} --save",
+    ]
 
 
 def tensorboard_lines(folder: RunFolder) -> list[str]:

@@ -1,12 +1,15 @@
 """A run on this machine through Submitit's local executor, over stand-in ranks."""
 
 import os
+import shlex
 import signal
 import stat
+import subprocess
+import sys
 import time
 
 from ii_dist.config import RunFolder
-from tests.unit.launch.cases import Case, is_gone, wait_until
+from tests.unit.launch.cases import ROOT, Case, is_gone, wait_until
 
 
 def test_follows_rank_0_and_ends_with_the_run(case: Case) -> None:
@@ -63,8 +66,8 @@ def test_without_following_the_job_lives_on(case: Case) -> None:
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     case.ready(0)
-    controller = int(out.rsplit("kill -TERM ", 1)[1])
-    os.kill(controller, signal.SIGTERM)  # as the printed line says
+    stop = shlex.split(out.rsplit("stop:  python ", 1)[1])  # the printed line
+    subprocess.run([sys.executable, *stop], cwd=ROOT, check=True, capture_output=True, timeout=30)
     wait_until(lambda: case.record().exit_code == 75)
 
 
