@@ -32,7 +32,7 @@ class CanonicalEngine(WholeEngine):
         plan = parts.plan
         self._shards = plan.canonical_shards
         assert self._shards == plan.accumulate_steps * plan.world_size
-        self._sum = FixedSum(self._shards, parts.rank, plan.world_size)
+        self._sum = FixedSum(self._shards, parts.rank, plan.world_size, phases=parts.phases)
         self._images_per_step = self._zero + (plan.global_batch if parts.rank == 0 else 0)
         self._share = self._zero + 1 / plan.global_batch
         if parts.engine.compile:
@@ -49,6 +49,7 @@ class CanonicalEngine(WholeEngine):
             self._put_statistics(before)
             seed_step(self._parts.seed, self._step, number, self._device)
             sums = torch.stack(self._pass(micro_batches[number // ranks], last=True))
+            self._phases.begin("backward")
             gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
             for parameter in self._parameters:
                 parameter.grad = None

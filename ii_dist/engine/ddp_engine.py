@@ -32,6 +32,7 @@ class DDPEngine(WholeEngine):
                 gradient_as_bucket_view=True,
                 static_graph=parts.engine.static_graph,
             )
+            self._exchanges_at_the_end = True
             if parts.engine.compress_gradients == "bf16":
                 self._network.register_comm_hook(None, _in_bfloat16)
             self._warm_up()

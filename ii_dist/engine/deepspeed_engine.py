@@ -40,6 +40,8 @@ def make_deepspeed_engine(model: nn.Module, parts: EngineParts) -> Engine:
 class ZeroStage0Engine(WholeEngine):
     """DeepSpeed's exchange of gradients; all the rest as under DDP."""
 
+    _exchanges_at_the_end = True
+
     def __init__(self, model: nn.Module, parts: EngineParts, deepspeed: Any) -> None:
         super().__init__(model, parts, torch.contiguous_format)
         self._run = DeepSpeedRun(self._module, self._optimizer, parts, deepspeed)

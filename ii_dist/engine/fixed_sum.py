@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
+from ii_dist.runtime.phases import UNTIMED, Phases
+
 Tensors = list[torch.Tensor]
 BUCKET_ELEMENTS = 1 << 22
 
@@ -40,8 +42,16 @@ def fold(first: int, stride: int, pieces: int, piece: Callable[[int], Tensors]) 
 class FixedSum:
     """One rank's part in the sum of `pieces` pieces over `world_size` ranks, which divides their number."""
 
-    def __init__(self, pieces: int, rank: int, world_size: int, bucket_elements: int = BUCKET_ELEMENTS) -> None:
+    def __init__(
+        self,
+        pieces: int,
+        rank: int,
+        world_size: int,
+        bucket_elements: int = BUCKET_ELEMENTS,
+        phases: Phases = UNTIMED,
+    ) -> None:
         assert pieces % world_size == 0
+        self._phases = phases
         self._pieces, self._rank, self._world_size = pieces, rank, world_size
         self._bucket_elements = bucket_elements
         self._buffers: torch.Tensor | None = None
@@ -54,6 +64,7 @@ class FixedSum:
         else:
             mine = [piece(number) for number in range(self._rank, self._pieces, self._world_size)]
         if self._world_size > 1:
+            self._phases.begin("allreduce")
             for start, stop in self._buckets(mine[0]):
                 self._exchange([tensors[start:stop] for tensors in mine])
         return mine[0]

@@ -19,9 +19,11 @@ from ii_dist.config.errors import ConfigError
 from ii_dist.config.plan import Plan
 from ii_dist.config.schema import OptimConfig
 from ii_dist.engine.engine import BatchLike, EngineState, Sums
+from ii_dist.engine.exchange import mark_exchange
 from ii_dist.engine.losses import Labels, loss_sum
 from ii_dist.engine.numerics import FlatBuffers, count_correct, image_losses
 from ii_dist.optim import learning_rate, make_optimizer, set_learning_rate
+from ii_dist.runtime.phases import UNTIMED, Phases
 from ii_dist.runtime.seeds import seed_step
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,7 +35,8 @@ Statistics = tuple[torch.Tensor, list[torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """What an engine is made from; `seed` and `rank` set the random numbers of each step."""
+    """What an engine is made from; `seed` and `rank` set the random numbers of each step; `phases`: who is told what a
+    step does."""
 
     engine: EngineConfig
     optim: OptimConfig
@@ -42,13 +45,17 @@ class EngineParts:
     seed: int = 0
     rank: int = 0
     image_size: int = 224
+    phases: Phases = UNTIMED
 
 
 class StepEngine(abc.ABC):
     """The part of an `Engine` that all of them share."""
 
+    _exchanges_at_the_end = False
+    """Whether the wait for other ranks' gradients comes after the last one is computed, and so can be told apart."""
+
     def __init__(self, model: nn.Module, parts: EngineParts, weights_format: torch.memory_format) -> None:
-        self._parts, self._device = parts, parts.device
+        self._parts, self._device, self._phases = parts, parts.device, parts.phases
         self._format = torch.channels_last if parts.engine.channels_last else torch.contiguous_format
         self._module: nn.Module = model.to(parts.device, memory_format=weights_format).train()  # type: ignore[call-overload]
         if parts.engine.sync_batchnorm:
@@ -75,8 +82,10 @@ class StepEngine(abc.ABC):
         set_learning_rate(self._optimizer, learning_rate(self._step, parts.optim, parts.plan))
         self._kept_buffers.copy_(self._buffers.flat)
         loss, top1, top5 = self._backward_all(micro_batches)
+        self._phases.begin("optimizer")
         norm, skipped = self._update()
         self._follow()
+        self._phases.begin("other")
         self._step += 1
         return {
             "loss": loss,
@@ -161,16 +170,23 @@ class StepEngine(abc.ABC):
 
     def _pass(self, batch: BatchLike, last: bool) -> list[torch.Tensor]:
         """Forward and backward pass of one micro-batch; its [loss, top1, top5] sums."""
-        labels = Labels.of(batch, self._device)
+        phases = self._phases
+        phases.begin("copy")
+        labels, images_NCHW = Labels.of(batch, self._device), self._images(batch)
+        phases.begin("forward")
         with self._micro_batch(last):
-            logits_NC = self._forward(self._images(batch))
+            logits_NC = self._forward(images_NCHW)
             loss = loss_sum(logits_NC, labels, self._parts.optim)
+            if last and phases.sampling and self._exchanges_at_the_end:
+                mark_exchange(logits_NC, phases)
+            phases.begin("backward")
             if not self._parts.engine.checkpoint_activations:
                 self._backward(loss)
             else:  # blocks run a second time, and their norms would count this micro-batch twice
                 once = self._take_statistics()
                 self._backward(loss)
                 self._put_statistics(once)
+        phases.begin("metrics")
         return [loss.detach(), *count_correct(logits_NC.detach(), labels.main_N)]
 
     def _take_statistics(self) -> Statistics:

@@ -14,6 +14,9 @@ from ii_dist.config.errors import CheckpointError
 from ii_dist.config.run_folder import RunFolder
 from ii_dist.metrics.words import in_words_rate, in_words_s, in_words_share
 
+_LEAST_SHARE = 0.02  # of a step; what is shorter is not worth a word
+_IN_WORDS = {"data_wait": "waiting for data", "allreduce": "waiting for other ranks"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
@@ -35,6 +38,8 @@ class Summary:
     device: str
     newest_checkpoint: str | None
     """Name of the folder below checkpoints/."""
+    phases_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds a step on rank 0 by phase, mean of the measured steps; without those that writing numbers took."""
 
 
 def write_summary(folder: RunFolder, summary: Summary) -> None:
@@ -72,6 +77,7 @@ def format_summary(folder: RunFolder, summary: Summary) -> str:
         ("top-1", _accuracy(summary)),
         ("images/s", f"{in_words_rate(summary.images_per_s)} on {ranks} ({summary.device}), steady"),
         ("data wait", f"{in_words_share(summary.data_wait_share)} of the training time"),
+        *([("a step", _phases(summary.phases_s))] if summary.phases_s else []),
         ("trained", f"{summary.steps:,} of {summary.total_steps:,} steps, {summary.epochs:.4g} epochs"),
         ("checkpoint", _checkpoint(folder, summary)),
         ("curves", f"tensorboard --logdir {folder.tensorboard}"),
@@ -93,3 +99,15 @@ def _accuracy(summary: Summary) -> str:
 
 def _checkpoint(folder: RunFolder, summary: Summary) -> str:
     return str(folder.checkpoints / summary.newest_checkpoint) if summary.newest_checkpoint else "none"
+
+
+def _phases(phases_s: dict[str, float]) -> str:
+    """The phases that matter, longest first."""
+    step_s = sum(phases_s.values())
+    longest = sorted(phases_s.items(), key=lambda pair: -pair[1])
+    words = [
+        f"{_IN_WORDS.get(phase, phase)} {in_words_share(seconds / step_s)}"
+        for phase, seconds in longest
+        if seconds >= _LEAST_SHARE * step_s
+    ]
+    return f"{in_words_s(step_s)}: {', '.join(words)}"

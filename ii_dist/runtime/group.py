@@ -132,6 +132,12 @@ def all_gather_bytes(row: bytes, group: "ProcessGroup | None" = None) -> list[by
     return [bytes(r.numpy().tobytes()) for r in rows]
 
 
+def host_names() -> list[str]:
+    """The host of every rank, in rank order, cut at 64 bytes. Collective; waits."""
+    mine = socket.gethostname().encode()[:64].ljust(64, b"\0")
+    return [row.rstrip(b"\0").decode(errors="replace") for row in all_gather_bytes(mine)]
+
+
 def broadcast_text(text: str, group: "ProcessGroup | None" = None) -> str:
     """Rank 0's text, on every rank. Collective; waits; gloo on CPU."""
     if not dist.is_initialized():

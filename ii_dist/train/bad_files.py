@@ -31,14 +31,16 @@ class BadFileLedger:
         self._step = step
         self._replaced: Counter[int] = Counter()  # epoch -> images of all ranks
 
-    def tags(self, step: int) -> dict[str, float]:
-        """What the steps up to `step` since the last call came to, written down. Collective."""
+    def row(self, step: int) -> list[int]:
+        """Counts of this rank for the steps up to `step` since the last call, to be added up over ranks."""
         counts = self._record.take()
         write_down(self._list, counts.new)
-        # All ranks are at this step, so the epochs in between, and with them the length of the row, are the same.
-        epochs = range(self._epoch(self._step + 1), self._epoch(step) + 1)
-        *replaced, retries = sum_over_ranks([*(counts.replaced[epoch] for epoch in epochs), counts.retries])
-        self._replaced.update(dict(zip(epochs, replaced, strict=True)))
+        return [*(counts.replaced[epoch] for epoch in self._epochs(step)), counts.retries]
+
+    def tags(self, step: int, sums: Sequence[int]) -> dict[str, float]:
+        """What the sums over all ranks of `row(step)` come to."""
+        *replaced, retries = sums
+        self._replaced.update(dict(zip(self._epochs(step), replaced, strict=True)))
         self._step = step
         return {"data/substituted_images": float(sum(replaced)), "data/read_retries": float(retries)}
 
@@ -55,6 +57,10 @@ class BadFileLedger:
     def __exit__(self, *_: object) -> None:
         """Write down what came up since the last line of numbers."""
         write_down(self._list, self._record.take().new)
+
+    def _epochs(self, step: int) -> range:
+        """Since the last call. All ranks are at this step, so these and the length of a row are the same for all."""
+        return range(self._epoch(self._step + 1), self._epoch(step) + 1)
 
     def _epoch(self, step: int) -> int:
         """The epoch of the images that step number `step`, from 1, trains on."""

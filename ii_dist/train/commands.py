@@ -137,6 +137,7 @@ def _sum_up(run: Session, seconds: float) -> str:
         world_size=run.world.world_size,
         device=device,
         newest_checkpoint=run.folder.step(run.saved_step).name if run.saved_step else None,
+        phases_s=totals.phases.means_s(),
     )
     write_summary(run.folder, summary)
     return format_summary(run.folder, summary)

@@ -31,10 +31,14 @@ from ii_dist.config import (
 from ii_dist.data import BatchSource, make_eval_source, make_train_source
 from ii_dist.engine import Engine, EngineParts, make_engine
 from ii_dist.metrics import Board, StepClock, make_boards
+from ii_dist.metrics.machine import MachineWatch, machine_looks
 from ii_dist.metrics.means import RunningMeans
+from ii_dist.metrics.phases import make_phase_timer
+from ii_dist.metrics.ranks import RankTable, own_phases
 from ii_dist.models import create_model
 from ii_dist.runtime import Heartbeat, Watchdog, World
-from ii_dist.runtime.group import close_group, open_group, pick_device
+from ii_dist.runtime.group import close_group, host_names, open_group, pick_device
+from ii_dist.runtime.phases import UNTIMED, Phases
 from ii_dist.runtime.seeds import seed_init
 from ii_dist.runtime.stop import StopRequest, StopVote
 from ii_dist.runtime.world import tell_libraries
@@ -68,7 +72,8 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: Sequence[
             check_same_run(folder, start, plan, index)
         remember_index(folder, index, world)
         on_rank0(world, lambda: _write_what_runs(cfg, plan, folder))
-        engine = build_engine(cfg, plan, world, device)
+        clock = _make_clock(plan, world, device)
+        engine = build_engine(cfg, plan, world, device, phases=clock.phases)
         stack.callback(engine.close)
         if start is not None:
             scalars = load_start(folder, start, engine)
@@ -80,11 +85,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: Sequence[
         _tell_start(cfg, plan, device, start, board)
         ledger = stack.enter_context(BadFileLedger(cfg, plan, folder, resumed_step, train_source))
         saver = _make_saver(cfg, plan, world, folder, lease, index.sha256 if index else "", stack)
-        ballot = StopVote(stop)
-        stack.callback(ballot.close)
-        watchdog = Watchdog(cfg.train.hang_timeout_s, sys.stderr)
-        stack.callback(watchdog.close)
-        watchdog.beat()
+        ballot, watchdog = _open_guards(cfg, stop, stack)
         yield Session(
             cfg=cfg,
             plan=plan,
@@ -95,7 +96,9 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: Sequence[
             train_source=train_source,
             eval_source=eval_source,
             means=RunningMeans(device),
-            clock=StepClock(world_size=world.world_size, cold_steps=min(plan.steps_per_epoch, plan.total_steps // 4)),
+            clock=clock,
+            ranks=RankTable(world.rank, host_names(), own_phases(cfg.engine)),
+            machine=_watch_machine(world, device, stack),
             board=board,
             bad_files=ledger,
             saver=saver,
@@ -116,6 +119,16 @@ def _open_signs(world: World, stack: contextlib.ExitStack) -> tuple[StopRequest,
     stack.callback(heart.close)
     heart.sign("start", 0)
     return stop, heart
+
+
+def _open_guards(cfg: RunConfig, stop: StopRequest, stack: contextlib.ExitStack) -> tuple[StopVote, Watchdog]:
+    """From here on the ranks agree on stopping, and a step that never comes is an event."""
+    ballot = StopVote(stop)
+    stack.callback(ballot.close)
+    watchdog = Watchdog(cfg.train.hang_timeout_s, sys.stderr)
+    stack.callback(watchdog.close)
+    watchdog.beat()
+    return ballot, watchdog
 
 
 def join(cfg: RunConfig, world: World, stack: contextlib.ExitStack) -> torch.device:
@@ -177,7 +190,28 @@ def _train_index(cfg: RunConfig) -> IndexHeader | None:
     return None if cfg.data.source == "synthetic" else read_index_header(Path(cfg.data.root) / "train.index")
 
 
-def build_engine(cfg: RunConfig, plan: Plan, world: World, device: torch.device, weights: Path | None = None) -> Engine:
+def _make_clock(plan: Plan, world: World, device: torch.device) -> StepClock:
+    return StepClock(
+        world_size=world.world_size,
+        cold_steps=min(plan.steps_per_epoch, plan.total_steps // 4),
+        phases=make_phase_timer(device.type, plan.log_every_steps),
+    )
+
+
+def _watch_machine(world: World, device: torch.device, stack: contextlib.ExitStack) -> MachineWatch:
+    watch = MachineWatch(machine_looks(world.local_rank, device))
+    stack.callback(watch.close)
+    return watch
+
+
+def build_engine(
+    cfg: RunConfig,
+    plan: Plan,
+    world: World,
+    device: torch.device,
+    weights: Path | None = None,
+    phases: Phases = UNTIMED,
+) -> Engine:
     """An engine at step 0; weights: a safetensors file that the network (and its average) starts from."""
     seed_init(cfg.seed)
     model = create_model(cfg.model, plan.num_classes)
@@ -185,7 +219,7 @@ def build_engine(cfg: RunConfig, plan: Plan, world: World, device: torch.device,
         load_network_file(model, weights)
     return make_engine(
         model,
-        EngineParts(cfg.engine, cfg.optim, plan, device, cfg.seed, world.rank, cfg.data.side_of_epoch(0)),
+        EngineParts(cfg.engine, cfg.optim, plan, device, cfg.seed, world.rank, cfg.data.side_of_epoch(0), phases),
     )
 
 

@@ -14,10 +14,13 @@ from ii_dist.config import CheckpointError, ConfigError, Plan, RunConfig, RunFol
 from ii_dist.data import BatchSource
 from ii_dist.engine import Engine
 from ii_dist.metrics import Board, StepClock
+from ii_dist.metrics.machine import MachineWatch
 from ii_dist.metrics.means import RunningMeans, eval_tags, train_tags
 from ii_dist.metrics.memory import memory_tags
+from ii_dist.metrics.ranks import RankTable
 from ii_dist.optim import learning_rate
 from ii_dist.runtime import Heartbeat, Watchdog, World
+from ii_dist.runtime.group import sum_over_ranks
 from ii_dist.runtime.heartbeat import Phase
 from ii_dist.runtime.stop import StopVote
 from ii_dist.train.bad_files import BadFileLedger, count_left_out, refuse_many
@@ -50,6 +53,8 @@ class Session:
     eval_source: BatchSource
     means: RunningMeans
     clock: StepClock
+    ranks: RankTable
+    machine: MachineWatch
     board: Board
     bad_files: BadFileLedger
     saver: Saver
@@ -85,12 +90,12 @@ class Session:
     def log(self) -> None:
         """Write the numbers since the last line; the one place that waits for the device."""
         step, means = self.engine.step, self.means.read(reduce=True)
-        tags = train_tags(means) | self.clock.read().tags() | memory_tags(self.device)
-        tags["train/epoch"] = step / self.plan.steps_per_epoch
-        tags["train/learning_rate"] = learning_rate(step - 1, self.cfg.optim, self.plan)
-        tags |= self.bad_files.tags(step)
-        self._report_saves(self.saver.poll(), tags)
-        self.board.write(step, tags)
+        with self.clock.logging():
+            tags = train_tags(means) | self._figures(step) | memory_tags(self.device) | self.machine.tags()
+            tags["train/epoch"] = step / self.plan.steps_per_epoch
+            tags["train/learning_rate"] = learning_rate(step - 1, self.cfg.optim, self.plan)
+            self._report_saves(self.saver.poll(), tags)
+            self.board.write(step, tags)
         self.bad_files.check()
         limit = self.cfg.train.max_skipped_in_a_row
         if means["skipped_in_row"] >= limit:
@@ -143,6 +148,13 @@ class Session:
             self.board.write(self.engine.step, tags)
         if results and not results[-1].ok:
             raise CheckpointError(results[-1].message)
+
+    def _figures(self, step: int) -> dict[str, float]:
+        """Speed, the ranks beside each other, bad files: whole numbers of all ranks in one sum. Collective."""
+        reading = self.clock.read()
+        bad, phases = self.bad_files.row(step), self.ranks.row(reading.phase_seconds() | {"step": reading.step_s})
+        sums = sum_over_ranks([*bad, *phases])
+        return reading.tags() | self.bad_files.tags(step, sums[: len(bad)]) | self.ranks.tags(sums[len(bad) :])
 
     def _report_saves(self, results: list[SaveResult], tags: dict[str, float]) -> None:
         for result in results:

@@ -4,7 +4,7 @@ import pytest
 
 from ii_dist.metrics import TAGS, check_tags
 
-UNITS_BY_ENDING = {"_s": {"s", "images/s"}, "_share": {"share"}, "_gib": {"GiB"}, "top1": {"%"}, "top5": {"%"}}
+UNITS_BY_ENDING = {"_s": {"s", "images/s", "MB/s"}, "_share": {"share"}, "_gib": {"GiB"}, "top1": {"%"}, "top5": {"%"}}
 
 
 def test_every_row_is_complete() -> None:
@@ -12,7 +12,9 @@ def test_every_row_is_complete() -> None:
         assert tag.name == name
         assert tag.says.endswith(".")
         group, _, rest = name.partition("/")
-        assert group in {"train", "eval", "throughput", "time", "data", "memory", "checkpoint"}
+        assert group in {
+            *("train", "eval", "throughput", "time", "ranks", "run", "data", "memory", "machine", "gpu", "checkpoint")
+        }
         assert rest
 
 
