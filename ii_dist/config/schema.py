@@ -255,6 +255,9 @@ class MetricsConfig(Slice):
 
     log_every_steps: Count = 50
     boards: Names = ("console", "tensorboard", "jsonl")
+    console: Literal["auto", "lines", "quiet"] = "auto"
+    """What the console shows of training. auto = one line that is kept up to date in a terminal, a line each time in
+    anything else; lines = a line each time; quiet = evaluations only. Warnings and the summary at the end always."""
 
 
 class RunConfig(Slice):

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from ii_dist.config.errors import CheckpointError, ClusterError, ConfigError
 from ii_dist.config.run_folder import RunFolder, parse_rank_metrics
-from ii_dist.metrics.console import ConsoleBoard
+from ii_dist.metrics.console import ConsoleBoard, Manner
 from ii_dist.metrics.jsonl import JsonlBoard, cut_to_step
 from ii_dist.metrics.tags import TAGS, check_tags
 
@@ -44,6 +44,7 @@ class Where:
     total_steps: int
     resumed_step: int
     """The committed step that this attempt goes on from; 0 = from the start."""
+    console: Manner = "auto"
 
 
 class NullBoard:
@@ -153,7 +154,7 @@ def _make_jsonl(where: Where) -> Board:
 
 
 def _make_console(where: Where) -> Board:
-    return ConsoleBoard(total_steps=where.total_steps, resumed_step=where.resumed_step)
+    return ConsoleBoard(total_steps=where.total_steps, resumed_step=where.resumed_step, manner=where.console)
 
 
 BOARDS: dict[str, Callable[[Where], Board]] = {
@@ -166,7 +167,14 @@ _EVERY_RANK = frozenset({"jsonl"})
 
 
 def make_boards(
-    names: Sequence[str], folder: RunFolder, *, rank: int, world_size: int, total_steps: int, resumed_step: int
+    names: Sequence[str],
+    folder: RunFolder,
+    *,
+    rank: int,
+    world_size: int,
+    total_steps: int,
+    resumed_step: int,
+    console: Manner = "auto",
 ) -> Board:
     """One board that writes to all of `names`; above rank 0 only to those that every rank has.
 
@@ -176,7 +184,7 @@ def make_boards(
     for name in names:
         if name not in BOARDS:
             raise ConfigError(f"metrics.boards: {name!r} is not one of {', '.join(BOARDS)}")
-    where = Where(folder, rank, world_size, total_steps, resumed_step)
+    where = Where(folder, rank, world_size, total_steps, resumed_step, console)
     if rank == 0:
         _cut_ranks_that_left(where)
     mine = [name for name in dict.fromkeys(names) if rank == 0 or name in _EVERY_RANK]

@@ -233,6 +233,7 @@ def _open_board(
         world_size=world.world_size,
         total_steps=plan.total_steps,
         resumed_step=resumed_step,
+        console=cfg.metrics.console,
     )
     stack.callback(board.close)
     return board
