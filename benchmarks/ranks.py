@@ -97,7 +97,12 @@ def mean_over_ranks(seconds: float) -> float:
 
 def measure(run: Session, model: nn.Module, batch: Batch, steps: int, turns: int) -> dict[str, float]:
     """Median CPU seconds a step of the trainer, the plain loop and its twin, and the ratios of each turn."""
-    parts = EngineParts(run.cfg.engine, run.cfg.optim, run.plan, run.device, rank=run.world.rank, image_size=SIDE)
+    parts = EngineParts(
+        *(run.cfg.engine, run.cfg.optim, run.plan, run.device),
+        rank=run.world.rank,
+        image_size=SIDE,
+        phases=run.clock.phases,
+    )
     run.engine = make_engine(copy.deepcopy(model), parts)
     micro = run.plan.micro_batch
     run.train_source = OneBatch(

@@ -13,7 +13,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-PARTS = ("loader", "step", "ranks", "startup", "models", "checkpoint", "merge")
+PARTS = ("loader", "step", "metrics", "ranks", "startup", "models", "checkpoint", "merge")
 RESULTS = Path("benchmarks/results")
 
 

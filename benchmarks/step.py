@@ -124,7 +124,7 @@ def measure(model: nn.Module, batch: Batch, steps: int, turns: int) -> dict[str,
         world = World(threads=1)
         plan = make_plan(cfg, 1, data_facts(cfg.data))
         run = stack.enter_context(open_session(cfg, plan, world))
-        parts = EngineParts(cfg.engine, cfg.optim, plan, torch.device("cpu"), image_size=SIDE)
+        parts = EngineParts(cfg.engine, cfg.optim, plan, torch.device("cpu"), image_size=SIDE, phases=run.clock.phases)
         run.engine = make_engine(copy.deepcopy(model), parts)
         run.train_source = OneBatch(batch)
         blocks = {

@@ -43,7 +43,7 @@ class CanonicalEngine(WholeEngine):
 
     def _backward_all(self, micro_batches: Sequence[BatchLike]) -> list[torch.Tensor]:
         ranks, before = self._parts.plan.world_size, self._take_statistics()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
 
         def shard(number: int) -> list[torch.Tensor]:
             self._put_statistics(before)

@@ -45,7 +45,7 @@ class DDPEngine(WholeEngine):
             gc.collect()
 
     def _backward_all(self, micro_batches: Sequence[BatchLike]) -> list[torch.Tensor]:
-        self._optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         return super()._backward_all(micro_batches)
 
     @contextlib.contextmanager

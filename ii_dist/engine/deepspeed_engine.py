@@ -50,7 +50,7 @@ class ZeroStage0Engine(WholeEngine):
         self._run.close()
 
     def _backward_all(self, micro_batches: Sequence[BatchLike]) -> list[torch.Tensor]:
-        self._optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         return super()._backward_all(micro_batches)
 
     def _micro_batch(self, last: bool) -> contextlib.AbstractContextManager[object]:

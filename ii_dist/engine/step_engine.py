@@ -200,7 +200,10 @@ class StepEngine(abc.ABC):
             torch._foreach_copy_(self._counts, counts)
 
     def _images(self, batch: BatchLike) -> torch.Tensor:
-        return batch.images_NCHW.to(self._device, non_blocking=True, memory_format=self._format)
+        images_NCHW = batch.images_NCHW
+        if images_NCHW.device == self._device and images_NCHW.is_contiguous(memory_format=self._format):
+            return images_NCHW  # the call below would come to that as well, after some microseconds
+        return images_NCHW.to(self._device, non_blocking=True, memory_format=self._format)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         precision = self._parts.engine.precision

@@ -1,12 +1,11 @@
 """Memory of this process. In: its device. Out: the memory tags; asks the device for nothing that waits."""
 
 import resource
-from pathlib import Path
 
 import torch
 
 _GIB = 1 << 30
-_STATM = Path("/proc/self/statm")
+_STATM = "/proc/self/statm"
 
 
 def memory_tags(device: torch.device) -> dict[str, float]:
@@ -19,6 +18,7 @@ def memory_tags(device: torch.device) -> dict[str, float]:
 
 def _rss_bytes() -> int:
     try:
-        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
+        with open(_STATM, "rb", buffering=0) as file:  # noqa: PTH123  (a third of the time of Path.read_text)
+            return int(file.read().split()[1]) * resource.getpagesize()
     except OSError:  # no /proc: the peak is the next best
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
