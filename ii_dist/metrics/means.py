@@ -23,9 +23,9 @@ _OVER_IMAGES = {"loss": 1.0, "top1": 100.0, "top5": 100.0}  # name -> scale of i
 class RunningMeans:
     """Sums and maxima over steps, in float64 on `device`.
 
-    A step's tensors are only kept when they are added, and stacked by one kernel when they are read: a step pays for
-    no arithmetic. A step with skipped > 0 counts as a step and a skipped update only: its loss is not a number that a
-    mean survives.
+    On a GPU a step's tensors are only kept when they are added, and stacked by one kernel when they are read. On a CPU,
+    where nobody has to wait for them, their numbers are kept. Either way a step pays for no arithmetic. A step with
+    skipped > 0 counts as a step and a skipped update only: its loss is not a number that a mean survives.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class RunningMeans:
         self._names = (*sums, "steps")
         self._maxima = tuple(maxima)
         self._device = torch.device(device)
+        self._on_cpu = self._device.type == "cpu"
         self._skips = "skipped" in sums
         left_out = [name not in ("skipped", "steps") for name in self._names]
         self._left_out = torch.tensor(left_out, device=self._device)
@@ -43,32 +44,35 @@ class RunningMeans:
 
     def _reset(self) -> None:
         self._steps = 0
-        self._kept: list[Mapping[str, Tensor]] = []
+        self._tensors: list[Tensor] = []
+        self._numbers: list[float] = []
         self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
         self._tops = torch.zeros(len(self._maxima), dtype=torch.float64, device=self._device)
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add one step's 0-dim tensors (keys besides the sums and maxima are ignored). Waits for nothing.
+        """Add one step's 0-dim tensors (keys besides the sums and maxima are ignored). Waits for no device.
 
         The tensors must not change afterwards. float32 throughout is quickest: one dtype is stacked by one kernel.
         """
-        self._kept.append(values)
+        if self._on_cpu:
+            self._numbers += [values[name].item() for name in self._values]
+        else:
+            self._tensors += [values[name] for name in self._values]
         self._steps += 1
-        if len(self._kept) >= _MOST_KEPT_STEPS:
+        if self._steps % _MOST_KEPT_STEPS == 0:
             self._fold()
 
     @torch.no_grad()
     def _fold(self) -> None:
         """Add up the kept steps."""
-        if not self._kept:
+        if not self._numbers and not self._tensors:
             return
-        kept = [values[name] for values in self._kept for name in self._values]
-        if self._device.type == "cpu":  # looking at each costs half of what stacking costs
-            flat = torch.tensor([value.item() for value in kept], dtype=torch.float64)
+        if self._on_cpu:
+            flat = torch.tensor(self._numbers, dtype=torch.float64)
         else:
-            flat = torch.stack(kept).to(torch.float64)
-        rows = flat.view(len(self._kept), len(self._values))
-        self._kept = []
+            flat = torch.stack(self._tensors).to(torch.float64)
+        self._numbers, self._tensors = [], []
+        rows = flat.view(-1, len(self._values))
         count = len(self._names) - 1
         ones = torch.ones_like(rows[:, :1])
         sums = torch.cat((rows[:, :count], ones), dim=1)

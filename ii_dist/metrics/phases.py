@@ -127,9 +127,11 @@ class PhaseTimer(Phases):
 
     def read(self) -> PhaseReading:
         """The steps measured since the last read, as far as the device has passed them; a new line begins."""
-        reading = PhaseReading()
+        steps, sums_s = 0, dict[Phase, float]()
         while self._pending and self._stamps.passed(self._pending[0][-1][1]):
-            reading = reading.plus(self._reading(self._pending.pop(0)))
+            self._add_up(self._pending.pop(0), sums_s)
+            steps += 1
+        reading = PhaseReading(steps, sums_s)
         self._total = self._total.plus(reading)
         self._index = 0
         return reading
@@ -146,13 +148,12 @@ class PhaseTimer(Phases):
             self._borders = []
             self.begin("other")
 
-    def _reading(self, step: list[tuple[Phase, Any]]) -> PhaseReading:
-        sums_s: dict[Phase, float] = {}
+    def _add_up(self, step: list[tuple[Phase, Any]], sums_s: dict[Phase, float]) -> None:
         for (phase, start), (_, end) in itertools.pairwise(step):
-            sums_s[phase] = sums_s.get(phase, 0.0) + self._stamps.seconds(start, end)
+            if phase not in _NOT_THE_STEP:
+                sums_s[phase] = sums_s.get(phase, 0.0) + self._stamps.seconds(start, end)
         for _, stamp in step:
             self._stamps.give_back(stamp)
-        return PhaseReading(1, {phase: s for phase, s in sums_s.items() if phase not in _NOT_THE_STEP})
 
 
 def make_phase_timer(device_type: str, log_every_steps: int) -> PhaseTimer:

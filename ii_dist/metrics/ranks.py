@@ -9,9 +9,13 @@ is who has the longest part of its own, without the wait for others.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ii_dist.config.engine import EngineConfig
 
@@ -24,6 +28,7 @@ EXCESS_SHARE = 0.15
 LINES_IN_A_ROW = 3
 QUIET_S = 600.0
 """A straggler that stays is named again after so long."""
+_STEP, _FORWARD = PLACES.index("step"), PLACES.index("forward")
 _LEAST_EXCESS_S = 1e-3
 _NS = 1_000_000_000
 
@@ -63,59 +68,53 @@ class RankTable:
         """On rank 0, from the sums of the rows of all ranks: tags by rank; names a straggler. Elsewhere nothing."""
         if self._rank != 0 or not sums:
             return {}
-        table = self._by_rank(sums)
-        if any(not row["step"] or not row["forward"] for row in table):  # a rank without a measured step
+        table_RP = np.array(sums, dtype=np.float64).reshape(-1, len(PLACES)) / _NS
+        if not table_RP[:, [_STEP, _FORWARD]].all():  # a rank without a measured step
             return {}
-        tags: dict[str, float] = {}
-        for phase in SHOWN:
-            values = [row[phase] for row in table]
-            tags |= {
-                f"ranks/{phase}_min_s": min(values),
-                f"ranks/{phase}_median_s": median(values),
-                f"ranks/{phase}_max_s": max(values),
-            }
-        slowest, excess_s = self._slowest(table)
-        share = excess_s / median(row["step"] for row in table)
-        self._name(table, slowest, excess_s, share)
+        shown_RP = table_RP[:, [PLACES.index(phase) for phase in SHOWN]]
+        shown_RP.sort(axis=0)
+        kinds = {"min": shown_RP[0], "median": _middle(shown_RP), "max": shown_RP[-1]}
+        tags = {
+            f"ranks/{phase}_{kind}_s": seconds
+            for kind, values_P in kinds.items()
+            for phase, seconds in zip(SHOWN, values_P.tolist(), strict=True)
+        }
+        own_RP = table_RP[:, [PLACES.index(phase) for phase in self._own]]
+        if "backward" in self._own:  # what is left of it when the wait for others is taken out
+            own_RP[:, self._own.index("backward")] -= table_RP[:, PLACES.index("allreduce")]
+        slowest, excess_s = self._slowest(own_RP)
+        share = excess_s / tags["ranks/step_median_s"]
+        self._name(own_RP, slowest, excess_s, share)
         return tags | {"ranks/slowest_rank": float(slowest), "ranks/slowest_excess_share": share}
 
-    def _by_rank(self, sums: Sequence[int]) -> list[dict[str, float]]:
-        width = len(PLACES)
-        rows = (sums[first : first + width] for first in range(0, len(sums), width))
-        return [{place: ns / _NS for place, ns in zip(PLACES, row, strict=True)} for row in rows]
-
-    def _own_s(self, row: Mapping[str, float], phase: str) -> float:
-        return row[phase] - (row["allreduce"] if phase == "backward" else 0.0)
-
-    def _slowest(self, table: Sequence[Mapping[str, float]]) -> tuple[int, float]:
+    def _slowest(self, own_RP: NDArray[np.float64]) -> tuple[int, float]:
         """The rank with the longest part of its own, and by how much that exceeds the others' in the middle."""
-        own_s = [sum(self._own_s(row, phase) for phase in self._own) for row in table]
-        slowest = own_s.index(max(own_s))
-        others = [seconds for rank, seconds in enumerate(own_s) if rank != slowest]
-        return slowest, own_s[slowest] - median(others)
+        own_R = own_RP.sum(1)
+        ranks_R = own_R.argsort()
+        slowest = int(ranks_R[-1])
+        return slowest, float(own_R[slowest] - _middle(own_R[ranks_R[:-1]]))
 
-    def _name(self, table: Sequence[Mapping[str, float]], slowest: int, excess_s: float, share: float) -> None:
+    def _name(self, own_RP: NDArray[np.float64], slowest: int, excess_s: float, share: float) -> None:
+        """Say it where the rank was the slow one for some lines, and has not been named lately."""
         if share < EXCESS_SHARE or excess_s < _LEAST_EXCESS_S:
             self._suspect, self._lines = -1, 0
             return
         self._lines = self._lines + 1 if slowest == self._suspect else 1
         self._suspect = slowest
         now = self._now()
-        if self._lines < LINES_IN_A_ROW or now - self._named_s.get(slowest, -QUIET_S) < QUIET_S:
+        if self._lines < LINES_IN_A_ROW or now - self._named_s.get(slowest, -math.inf) < QUIET_S:
             return
         self._named_s[slowest] = now
-        more_s = {phase: self._more_s(table, slowest, phase) for phase in self._own}
-        phase = max(more_s, key=lambda name: more_s[name])
+        others_P = np.median(np.delete(own_RP, slowest, axis=0), 0)
+        worst = int((own_RP[slowest] - others_P).argmax())
         logger.warning(
             "rank %d on %s is slow: the others wait for it %.0f %% of a step; its %s takes %.1f ms, theirs %.1f ms",
-            slowest,
-            self._hosts[slowest],
-            100 * share,
-            phase.replace("_", " "),
-            1000 * self._own_s(table[slowest], phase),
-            1000 * (self._own_s(table[slowest], phase) - more_s[phase]),
+            *(slowest, self._hosts[slowest], 100 * share, self._own[worst].replace("_", " ")),
+            *(1000 * own_RP[slowest, worst], 1000 * others_P[worst]),
         )
 
-    def _more_s(self, table: Sequence[Mapping[str, float]], slowest: int, phase: str) -> float:
-        others = [self._own_s(row, phase) for rank, row in enumerate(table) if rank != slowest]
-        return self._own_s(table[slowest], phase) - median(others)
+
+def _middle(ascending_R: NDArray[np.float64]) -> Any:
+    """The median of what is sorted along the first axis: numpy's own takes ten times as long on few numbers."""
+    half = len(ascending_R) // 2
+    return ascending_R[half] if len(ascending_R) % 2 else (ascending_R[half - 1] + ascending_R[half]) / 2
