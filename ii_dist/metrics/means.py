@@ -5,6 +5,7 @@ for the device. `train_tags` and `eval_tags` name them as the table of tags does
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,68 +21,117 @@ _MOST_KEPT_STEPS = 512
 _OVER_IMAGES = {"loss": 1.0, "top1": 100.0, "top5": 100.0}  # name -> scale of its mean; accuracies are per cent
 
 
-class RunningMeans:
-    """Sums and maxima over steps, in float64 on `device`.
+class _Sums(Protocol):
+    """Adds up steps: the values of `names`, how many steps there were, and the maxima of `maxima`.
 
-    On a GPU a step's tensors are only kept when they are added, and stacked by one kernel when they are read. On a CPU,
-    where nobody has to wait for them, their numbers are kept. Either way a step pays for no arithmetic. A step with
-    skipped > 0 counts as a step and a skipped update only: its loss is not a number that a mean survives.
+    A step with skipped > 0 counts as a step and a skipped update only: its loss is not a number that a mean survives.
     """
 
-    def __init__(
-        self, device: torch.device | str, sums: Sequence[str] = TRAIN_SUMS, maxima: Sequence[str] = TRAIN_MAXIMA
-    ) -> None:
-        self._values = (*sums, *maxima)
-        self._names = (*sums, "steps")
-        self._maxima = tuple(maxima)
-        self._device = torch.device(device)
-        self._on_cpu = self._device.type == "cpu"
-        self._skips = "skipped" in sums
-        left_out = [name not in ("skipped", "steps") for name in self._names]
-        self._left_out = torch.tensor(left_out, device=self._device)
+    def add(self, values: Mapping[str, Tensor]) -> None: ...
+
+    def take(self, reduce: bool) -> list[float]:
+        """Sums (over all ranks if asked), steps, maxima; starts again."""
+
+
+class _OnDevice:
+    """Tensors are only kept when they are added, and stacked by one kernel when they are read."""
+
+    def __init__(self, names: Sequence[str], maxima: Sequence[str], device: torch.device) -> None:
+        self._names, self._maxima, self._device = tuple(names), tuple(maxima), device
+        left_out = [name not in ("skipped", "steps") for name in (*names, "steps")]
+        self._left_out = torch.tensor(left_out, device=device)
         """Sums that a skipped step does not count in."""
         self._reset()
 
     def _reset(self) -> None:
-        self._steps = 0
-        self._tensors: list[Tensor] = []
-        self._numbers: list[float] = []
-        self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
+        self._kept: list[Mapping[str, Tensor]] = []
+        self._sums = torch.zeros(len(self._names) + 1, dtype=torch.float64, device=self._device)
         self._tops = torch.zeros(len(self._maxima), dtype=torch.float64, device=self._device)
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        self._kept.append(values)
+        if len(self._kept) >= _MOST_KEPT_STEPS:
+            self._fold()
+
+    def take(self, reduce: bool) -> list[float]:
+        self._fold()
+        if reduce and dist.is_initialized():
+            dist.all_reduce(self._sums)
+        numbers: list[float] = torch.cat((self._sums, self._tops)).tolist()  # the wait
+        self._reset()
+        return numbers
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        """Add up the kept steps."""
+        if not self._kept:
+            return
+        flat = torch.stack([values[name] for values in self._kept for name in (*self._names, *self._maxima)])
+        rows = flat.to(torch.float64).view(len(self._kept), -1)
+        self._kept = []
+        count = len(self._names)
+        sums = torch.cat((rows[:, :count], torch.ones_like(rows[:, :1])), dim=1)
+        if "skipped" in self._names:
+            skipped = rows[:, self._names.index("skipped"), None] > 0
+            sums = torch.where(skipped & self._left_out, 0.0, sums)
+        self._sums += sums.sum(0)
+        if self._maxima:
+            self._tops = torch.maximum(self._tops, rows[:, count:].amax(0))
+
+
+class _OnHost:
+    """On a CPU nobody has to wait for a tensor, and a number costs less than an operation on tensors."""
+
+    def __init__(self, names: Sequence[str], maxima: Sequence[str]) -> None:
+        self._names, self._maxima = tuple(names), tuple(maxima)
+        self._skips = "skipped" in names
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps = 0.0
+        self._sums, self._tops = dict.fromkeys(self._names, 0.0), dict.fromkeys(self._maxima, 0.0)
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        self._steps += 1
+        for name in self._maxima:
+            self._tops[name] = max(self._tops[name], values[name].item())
+        if self._skips and (skipped := values["skipped"].item()) > 0:
+            self._sums["skipped"] += skipped
+            return
+        for name in self._names:
+            self._sums[name] += values[name].item()
+
+    def take(self, reduce: bool) -> list[float]:
+        sums = [*self._sums.values(), self._steps]
+        if reduce and dist.is_initialized():
+            over_ranks = torch.tensor(sums, dtype=torch.float64)
+            dist.all_reduce(over_ranks)
+            sums = over_ranks.tolist()
+        numbers = [*sums, *self._tops.values()]
+        self._reset()
+        return numbers
+
+
+class RunningMeans:
+    """Sums and maxima over steps, in float64. A step pays for no arithmetic on a GPU."""
+
+    def __init__(
+        self, device: torch.device | str, sums: Sequence[str] = TRAIN_SUMS, maxima: Sequence[str] = TRAIN_MAXIMA
+    ) -> None:
+        device = torch.device(device)
+        self._names = (*sums, "steps", *maxima)
+        self._maxima = tuple(maxima)
+        self._sums: _Sums = _OnHost(sums, maxima) if device.type == "cpu" else _OnDevice(sums, maxima, device)
+        self._skips = "skipped" in sums
+        self._steps = 0
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add one step's 0-dim tensors (keys besides the sums and maxima are ignored). Waits for no device.
 
         The tensors must not change afterwards. float32 throughout is quickest: one dtype is stacked by one kernel.
         """
-        if self._on_cpu:
-            self._numbers += [values[name].item() for name in self._values]
-        else:
-            self._tensors += [values[name] for name in self._values]
         self._steps += 1
-        if self._steps % _MOST_KEPT_STEPS == 0:
-            self._fold()
-
-    @torch.no_grad()
-    def _fold(self) -> None:
-        """Add up the kept steps."""
-        if not self._numbers and not self._tensors:
-            return
-        if self._on_cpu:
-            flat = torch.tensor(self._numbers, dtype=torch.float64)
-        else:
-            flat = torch.stack(self._tensors).to(torch.float64)
-        self._numbers, self._tensors = [], []
-        rows = flat.view(-1, len(self._values))
-        count = len(self._names) - 1
-        ones = torch.ones_like(rows[:, :1])
-        sums = torch.cat((rows[:, :count], ones), dim=1)
-        if self._skips:
-            skipped = rows[:, self._names.index("skipped"), None] > 0
-            sums = torch.where(skipped & self._left_out, 0.0, sums)
-        self._sums += sums.sum(0)
-        if self._maxima:
-            self._tops = torch.maximum(self._tops, rows[:, count:].amax(0))
+        self._sums.add(values)
 
     def read(self, *, reduce: bool = False) -> dict[str, float]:
         """Wait for the device, return what was added since the last read, and start again.
@@ -89,13 +139,9 @@ class RunningMeans:
         reduce=True adds up all ranks first (collective: one all-reduce). Means over no image are NaN. Maxima are those
         of this rank: what they count, the ranks decide together.
         """
-        steps_here = self._steps
-        self._fold()
-        if reduce and dist.is_initialized():
-            dist.all_reduce(self._sums)
-        numbers = torch.cat((self._sums, self._tops)).tolist()  # the wait
-        self._reset()
-        found = dict(zip((*self._names, *self._maxima), numbers, strict=True))
+        steps_here, self._steps = self._steps, 0
+        numbers = self._sums.take(reduce)
+        found = dict(zip(self._names, numbers, strict=True))
         ranks = found["steps"] / steps_here if steps_here else 1.0
         means = {name: found[name] for name in self._maxima}
         means |= {"steps": float(steps_here), "images": found["images"]}
