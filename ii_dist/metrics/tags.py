@@ -143,3 +143,9 @@ def check_tags(names: Iterable[str]) -> None:
     """Assert that every name stands in the table: a misspelt tag would become a curve that nobody finds."""
     unknown = [name for name in names if name not in TAGS]
     assert not unknown, f"not in metrics/tags.py: {', '.join(unknown)}"
+
+
+def tag_table() -> str:
+    """All tags as a Markdown table, in the order of the table above."""
+    rows = (f"| `{tag.name}` | {tag.unit} | {tag.combine} | {tag.says} |" for tag in TAGS.values())
+    return "\n".join(["| tag | unit | ranks | says |", "| --- | --- | --- | --- |", *rows])

@@ -33,7 +33,10 @@ from ii_dist.data.retouch import Retouch
 from ii_dist.data.source import Request
 from ii_dist.engine import EngineParts, make_engine
 from ii_dist.engine.losses import Labels, loss_sum
+from ii_dist.metrics.clock import StepClock
+from ii_dist.metrics.machine import gpu_look
 from ii_dist.metrics.means import RunningMeans
+from ii_dist.metrics.phases import make_phase_timer
 from ii_dist.models import create_model
 from ii_dist.runtime import World
 from tests.images import make_image_folder
@@ -80,6 +83,49 @@ def test_a_step_asks_the_device_nothing(precision: str) -> None:
     read = means.read()
     assert read["steps"] == 6
     assert read["loss"] > 0
+
+
+def test_measuring_phases_asks_the_device_nothing() -> None:
+    """Every step measured, one line of numbers in between; the events are read only after the line's own wait."""
+    timer = make_phase_timer("cuda", 1)
+    clock = StepClock(phases=timer)
+    made_from = replace(parts("cuda:0", precision="bf16"), phases=timer)
+    engine = make_engine(create_model(ModelConfig(network="ini_resnet20"), CLASSES), made_from)
+    means, one = RunningMeans("cuda:0"), batch(0, "cpu")
+    pinned = Batch(*(each.pin_memory() for each in (one.images_NCHW, one.labels_N, one.weight_N, one.index_N)))
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            with clock.data_wait():
+                batches = [pinned]
+            means.add(engine.train_step(batches))
+            clock.tick(32)
+
+    steps(3)
+    means.read()
+    clock.read()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps(4)
+        early = clock.read()  # the device may be behind: what it has not passed stays for the next read
+        steps(4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert means.read()["steps"] == 8
+    late = clock.read()
+    assert early.phases.steps + late.phases.steps == 8
+    seconds = late.phases.plus(early.phases).means_s()
+    assert all(seconds[phase] > 0 for phase in ("copy", "forward", "backward", "optimizer"))
+    assert sum(seconds.values()) == pytest.approx((early.stretch.seconds + late.stretch.seconds) / 8, rel=0.5)
+
+
+def test_the_driver_tells_of_this_gpu() -> None:
+    pytest.importorskip("pynvml")
+    look = gpu_look(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+    assert look is not None
+    told = look()
+    assert 0 <= told["gpu/utilization_share"] <= 1
+    assert 0 < told["gpu/temperature_c"] < 120
 
 
 def test_a_step_equals_the_cpu() -> None:

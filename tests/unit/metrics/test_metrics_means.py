@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from ii_dist.metrics.means import EVAL_SUMS, RunningMeans, eval_tags, train_tags
+from ii_dist.metrics.means import (
+    EVAL_SUMS,
+    TRAIN_MAXIMA,
+    TRAIN_SUMS,
+    RunningMeans,
+    _OnDevice,
+    _OnHost,
+    eval_tags,
+    train_tags,
+)
 from ii_dist.metrics.tags import TAGS
 
 
@@ -93,3 +102,20 @@ def test_tags_of_means_are_in_the_table() -> None:
     assert tags.keys() <= TAGS.keys()
     assert tags["train/loss"] == 2.0
     assert tags["eval/seconds"] == 0.5
+
+
+def test_numbers_on_the_host_are_the_sums_of_the_device_bit_for_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sums = _OnHost(TRAIN_SUMS, TRAIN_MAXIMA), _OnDevice(TRAIN_SUMS, TRAIN_MAXIMA, torch.device("cpu"))
+    for step in range(700):  # more than a device keeps at once
+        numbers = torch.rand(len(TRAIN_SUMS) + 1, generator=generator) * 100
+        values = dict(zip((*TRAIN_SUMS, *TRAIN_MAXIMA), numbers.unbind(), strict=True))
+        values["skipped"] = torch.tensor(float(step % 50 == 7))
+        if step % 50 == 7:
+            values["loss"] = torch.tensor(math.nan)
+        for each in sums:
+            each.add(values)
+    host, device = (each.take(reduce=False) for each in sums)
+    assert host == device
+    assert host[len(TRAIN_SUMS)] == 700
+    assert sums[0].take(reduce=False) == [0.0] * 8

@@ -63,3 +63,15 @@ def test_a_stopped_run_says_so(tmp_path: Path) -> None:
     text = format_summary(RunFolder(tmp_path), stopped)
     for words in ("stopped after", "not evaluated", "checkpoint none", "on 1 rank ("):
         assert words in text
+
+
+def test_the_phases_of_a_step_that_matter_are_named_longest_first(tmp_path: Path) -> None:
+    seconds = {"data_wait": 0.02, "copy": 0.001, "forward": 0.03, "backward": 0.04, "allreduce": 0.009}
+    lines = format_summary(RunFolder(tmp_path), dataclasses.replace(SUMMARY, phases_s=seconds)).splitlines()
+    assert lines[4] == (
+        "  a step     100 ms: backward 40 %, forward 30 %, waiting for data 20 %, waiting for other ranks 9.0 %"
+    )
+    write_summary(RunFolder(tmp_path), dataclasses.replace(SUMMARY, phases_s=seconds))
+    found = read_summary(RunFolder(tmp_path))
+    assert found is not None
+    assert found.phases_s == seconds
