@@ -7,6 +7,7 @@ In: a network, its config slices, a plan. Out: an `Engine`: device tensors a ste
     whole_engine      weights, optimizer state and average whole on every rank > ddp_engine, DeepSpeed's stage 0
     canonical_engine  the same bits on any number of ranks; `fixed_sum`: its order of additions
     deepspeed_engine  DeepSpeed, stages 0-3; `partitions`: where stages 1-3 keep what
+    exchange          when computing gradients ends and waiting for others begins
     peak              bytes of tensors at the peak of a computation, without computing it
 """
 

@@ -4,8 +4,13 @@ In: a step's device tensors (`means.RunningMeans`), ticks of a clock (`StepClock
 them all) on boards (`make_boards`: TensorBoard, JSON lines, console), a summary at the end, and the same numbers read
 back over all ranks (`read_run`).
 
-`means`, `memory` and `pictures` (PNG files beside the curves) import torch and are imported by their own name; reports
-need none of them.
+    clock, phases   how long steps last, and what they are made of, on some of them
+    means           sums on the device (imports torch, as do machine, memory and pictures: import them by their name)
+    ranks           the ranks beside each other, and who is slow
+    machine         processors, disks, network, GPU, in a thread of its own; memory, process: this process
+    tags            every number: name, unit, how ranks combine
+    boards          where numbers go: TensorBoard, jsonl, console; summary: the end of a run
+    read            what the ranks wrote, as one table
 """
 
 from ii_dist.metrics.boards import BOARDS, Board, make_boards

@@ -16,6 +16,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 5.0
+_LONGEST_LOOK_S = 5.0  # a driver that hangs does not keep the process
 _MB = 1e6
 _NOT_CARDS = ("lo", "veth", "docker", "br-", "virbr", "bond", "tun", "tap")
 """First letters of interfaces whose traffic stays here or is counted at a card as well."""
@@ -44,7 +45,7 @@ class MachineWatch:
     def close(self) -> None:
         self._closed.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_LONGEST_LOOK_S)
 
     def _run(self) -> None:
         while not self._closed.wait(self._every_s):

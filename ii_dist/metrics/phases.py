@@ -18,8 +18,7 @@ from ii_dist.runtime.phases import Phase, Phases
 
 SAMPLES_A_LINE = 4
 TOLD: tuple[Phase, ...] = ("data_wait", "copy", "forward", "backward", "allreduce", "optimizer", "metrics", "other")
-"""In the order of a step."""
-_NOT_THE_STEP: tuple[Phase, ...] = ("log", "pause")
+"""In the order of a step. What lies between steps (log, pause) is measured like the rest and told by nobody."""
 _MOST_PENDING_STEPS = 16
 
 
@@ -150,8 +149,7 @@ class PhaseTimer(Phases):
 
     def _add_up(self, step: list[tuple[Phase, Any]], sums_s: dict[Phase, float]) -> None:
         for (phase, start), (_, end) in itertools.pairwise(step):
-            if phase not in _NOT_THE_STEP:
-                sums_s[phase] = sums_s.get(phase, 0.0) + self._stamps.seconds(start, end)
+            sums_s[phase] = sums_s.get(phase, 0.0) + self._stamps.seconds(start, end)
         for _, stamp in step:
             self._stamps.give_back(stamp)
 

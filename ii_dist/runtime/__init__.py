@@ -1,7 +1,8 @@
 """WHO this process is: its rank, its group, and what the ranks agree on.
 
 In: the environment, signals. Out: `World` (no torch), the process group and its small collectives (`group`), the
-agreed stop (`stop`), step-wise seeds (`seeds`), the hang watchdog, signs of life, log lines with the rank.
+agreed stop (`stop`), step-wise seeds (`seeds`), where a step stands (`phases`), the hang watchdog, signs of life, log
+lines with the rank.
 `World` and `set_up_logging` are here; modules that import torch are imported by their own name.
 """
 
