@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
         _write(out, draw(Scene(title, names, pixels, views)))
         print(f"{out}: {len(names)} images x {', '.join(view.block for view in views)}")
     if args.tensorboard:
-        from ii_dist.metrics.pictures import write_pictures
+        from ii_dist.metrics.tensorboard_board import write_pictures
 
         pngs = {f"inner_images/{view.block}": draw(Scene(title, names, pixels, [view])) for view in views}
         write_pictures(folder, TENSORBOARD_RUN, step.step, pngs)

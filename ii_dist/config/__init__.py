@@ -15,6 +15,7 @@ from ii_dist.config.launch import ContainerConfig, LaunchConfig
 from ii_dist.config.load import dump_config, load_config
 from ii_dist.config.machine import gpu_count, ranks_on_a_node
 from ii_dist.config.plan import DataFacts, Plan, make_plan
+from ii_dist.config.profile import ProfileConfig
 from ii_dist.config.run_folder import RunFolder
 from ii_dist.config.schema import (
     CheckpointConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Plan",
+    "ProfileConfig",
     "RunConfig",
     "RunFolder",
     "RuntimeConfig",

@@ -37,6 +37,7 @@ FREE_KEYS = (
     "train.hang_timeout_s",
     "checkpoint",
     "metrics",
+    "profile",
     "launch",
 )
 

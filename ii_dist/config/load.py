@@ -25,7 +25,7 @@ COMMAND_LINE = "command line"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number (as YAML 1.2 does) and refuses a key that stands twice."""
+    """Safe YAML that refuses a key that stands twice and, as YAML 1.2, reads 1e-3 as a number and 10:20 as a text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -42,6 +42,9 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"),
     list("-+0123456789."),
 )
+for _digit in "0123456789":  # ahead of the rule by which 10:20 is a whole number of base 60
+    _as_text = ("tag:yaml.org,2002:str", re.compile(r"\d+(:\d+)+$"))
+    _Loader.yaml_implicit_resolvers[_digit] = [_as_text, *_Loader.yaml_implicit_resolvers[_digit]]
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = (), layers: Sequence[Path | str] = ()) -> RunConfig:

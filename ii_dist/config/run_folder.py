@@ -8,6 +8,7 @@ runs/<name>/
   code/<digest>/                         the code that the jobs run
   logs/<job>_rank_00000.log              what each rank printed
   tb/  metrics/rank_00000.jsonl          numbers
+  profile/steps_000000100-000000104_rank_00000.json.gz   a trace of steps; profile_now asks for one
   checkpoints/step_000001000/            a committed step (made only by rename)
     COMMITTED.json  state.json  shard_00000-of-00002.safetensors ...
   summary.json                           figures of a finished run
@@ -108,6 +109,15 @@ class RunFolder:
         return self.root / "metrics"
 
     @property
+    def profile(self) -> Path:
+        return self.root / "profile"
+
+    @property
+    def profile_now(self) -> Path:
+        """Put here by a person: trace some steps now."""
+        return self.root / "profile_now"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -119,6 +129,9 @@ class RunFolder:
 
     def rank_metrics(self, rank: int) -> Path:
         return self.metrics / f"rank_{rank:05d}.jsonl"
+
+    def trace(self, first_step: int, last_step: int, rank: int) -> Path:
+        return self.profile / f"steps_{first_step:09d}-{last_step:09d}_rank_{rank:05d}.json.gz"
 
     def step(self, step: int) -> Path:
         return self.checkpoints / step_name(step)

@@ -13,6 +13,7 @@ from ii_dist.config.augment import AugmentConfig
 from ii_dist.config.engine import EngineConfig, RuntimeConfig
 from ii_dist.config.launch import LaunchConfig
 from ii_dist.config.networks import GATE_NAMES, NETWORKS, Shape, fold_widths
+from ii_dist.config.profile import ProfileConfig
 from ii_dist.config.slices import (
     Count,
     Decay,
@@ -258,6 +259,18 @@ class MetricsConfig(Slice):
     console: Literal["auto", "lines", "quiet"] = "auto"
     """What the console shows of training. auto = one line that is kept up to date in a terminal, a line each time in
     anything else; lines = a line each time; quiet = evaluations only. Warnings and the summary at the end always."""
+    compare: Names = (
+        *("model.network", "model.gate", "optim.optimizer", "optim.lr", "optim.weight_decay", "train.epochs"),
+        *("train.global_batch", "data.image_size", "data.augment.policy", "engine.kind", "engine.precision", "seed"),
+    )
+    """Keys of this config that TensorBoard's HPARAMS tab compares runs by; add those of a sweep. The number of ranks is
+    always among them."""
+    batch_images: Annotated[int, Field(ge=0, le=64)] = 16
+    """Images of an attempt's first batch that TensorBoard shows as the network gets them; 0 = none."""
+    inner_images_every_epochs: NonNegative = 10.0
+    """Epochs between pictures of the pseudo-images and factors of the gates, in TensorBoard, drawn by rank 0 at the
+    first evaluation after them and at the last one, from its first evaluation images; 0 = never. Networks without gates
+    and compiled ones have none."""
 
 
 class RunConfig(Slice):
@@ -274,6 +287,7 @@ class RunConfig(Slice):
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+    profile: ProfileConfig = ProfileConfig()
     launch: LaunchConfig = LaunchConfig()
 
     @model_validator(mode="after")

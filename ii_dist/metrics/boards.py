@@ -1,24 +1,24 @@
 """Where numbers go: TensorBoard (rank 0), JSON lines (every rank), the console (rank 0), or nowhere.
 
 In: names from the config, the run folder, who this process is. Out: one `Board` that writes to all of them. Values
-are plain floats; tags are those of the table. To add a board: a class with these three methods and a line in `BOARDS`.
+are plain floats; tags are those of the table. To add a board: a class with these four methods and a line in `BOARDS`.
 """
 
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from ii_dist.config.errors import CheckpointError, ClusterError, ConfigError
+from ii_dist.config.errors import ConfigError
 from ii_dist.config.run_folder import RunFolder, parse_rank_metrics
 from ii_dist.metrics.console import ConsoleBoard, Manner
+from ii_dist.metrics.hparams import Setting
 from ii_dist.metrics.jsonl import JsonlBoard, cut_to_step
-from ii_dist.metrics.tags import TAGS, check_tags
+from ii_dist.metrics.tags import check_tags
+from ii_dist.metrics.tensorboard_board import TensorBoardBoard
 
 logger = logging.getLogger(__name__)
-
-_FLUSH_S = 15  # how far TensorBoard may lag behind
 
 
 class Board(Protocol):
@@ -27,8 +27,11 @@ class Board(Protocol):
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """The numbers of one step, by tag; steps never go back. An unknown tag is an AssertionError."""
 
-    def text(self, tag: str, text: str) -> None:
-        """Words about the run, such as its config; shown as they stand, where a board shows words."""
+    def text(self, tag: str, markdown: str) -> None:
+        """Words about the run, such as its config, where a board shows words."""
+
+    def pictures(self, step: int, pngs: Mapping[str, bytes]) -> None:
+        """PNG files by tag, where a board shows pictures."""
 
     def close(self) -> None:
         """Everything written is on disk or on the screen afterwards."""
@@ -45,6 +48,8 @@ class Where:
     resumed_step: int
     """The committed step that this attempt goes on from; 0 = from the start."""
     console: Manner = "auto"
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    """What the run is compared by."""
 
 
 class NullBoard:
@@ -53,65 +58,14 @@ class NullBoard:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         check_tags(values)
 
-    def text(self, tag: str, text: str) -> None:
+    def text(self, tag: str, markdown: str) -> None:
+        pass
+
+    def pictures(self, step: int, pngs: Mapping[str, bytes]) -> None:
         pass
 
     def close(self) -> None:
         pass
-
-
-class TensorBoardBoard:
-    """Event files in ``tb/``. A resumed attempt says from which step on earlier events no longer count, so that
-    TensorBoard shows each step once. A tag's first value carries its unit and meaning (the card's info sign)."""
-
-    def __init__(self, where: Where) -> None:
-        try:
-            from tensorboard.compat.proto import event_pb2, summary_pb2
-            from torch.utils.tensorboard import FileWriter
-            from torch.utils.tensorboard.summary import text
-        except ImportError as error:
-            raise ClusterError(
-                f"metrics.boards tensorboard: {error}; install it (python -m pip install tensorboard==2.21.0) "
-                "or leave it out of metrics.boards"
-            ) from None
-        self._protos: Any = summary_pb2
-        self._text: Any = text
-        self._described: set[str] = set()
-        self._resumed_step = where.resumed_step
-        try:
-            self._writer: Any = FileWriter(str(where.folder.tensorboard), max_queue=100, flush_secs=_FLUSH_S)
-        except OSError as error:
-            raise CheckpointError(
-                f"{where.folder.tensorboard}: cannot be written ({error.strerror}); free or change it"
-            ) from None
-        purge_step = where.resumed_step + 1 if where.resumed_step else 0
-        start = event_pb2.Event(session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
-        self._writer.add_event(start, step=purge_step)
-        self._writer.flush()
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        check_tags(values)
-        # One event for all values: a third of the cost of one event each.
-        summary = self._protos.Summary(value=[self._value(tag, value) for tag, value in values.items()])
-        self._writer.add_summary(summary, global_step=step)
-
-    def _value(self, tag: str, value: float) -> Any:
-        if tag in self._described:
-            return self._protos.Summary.Value(tag=tag, simple_value=value)
-        self._described.add(tag)
-        unit = TAGS[tag].unit
-        says = f"{TAGS[tag].says} Unit: {unit}." if unit else TAGS[tag].says
-        metadata = self._protos.SummaryMetadata(
-            plugin_data=self._protos.SummaryMetadata.PluginData(plugin_name="scalars"), summary_description=says
-        )
-        return self._protos.Summary.Value(tag=tag, simple_value=value, metadata=metadata)
-
-    def text(self, tag: str, text: str) -> None:
-        code_block = "\n".join(f"    {line}" for line in text.splitlines())
-        self._writer.add_summary(self._text(tag, code_block), global_step=self._resumed_step)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class CombinedBoard:
@@ -125,8 +79,11 @@ class CombinedBoard:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._each(lambda board: board.write(step, values))
 
-    def text(self, tag: str, text: str) -> None:
-        self._each(lambda board: board.text(tag, text))
+    def text(self, tag: str, markdown: str) -> None:
+        self._each(lambda board: board.text(tag, markdown))
+
+    def pictures(self, step: int, pngs: Mapping[str, bytes]) -> None:
+        self._each(lambda board: board.pictures(step, pngs))
 
     def close(self) -> None:
         self._each(lambda board: board.close())
@@ -148,6 +105,12 @@ class CombinedBoard:
                 self._failed.add(name)
 
 
+def _make_tensorboard(where: Where) -> Board:
+    return TensorBoardBoard(
+        where.folder, resumed_step=where.resumed_step, total_steps=where.total_steps, settings=where.settings
+    )
+
+
 def _make_jsonl(where: Where) -> Board:
     path = where.folder.rank_metrics(where.rank)
     return JsonlBoard(path, rank=where.rank, world_size=where.world_size, resumed_step=where.resumed_step)
@@ -158,7 +121,7 @@ def _make_console(where: Where) -> Board:
 
 
 BOARDS: dict[str, Callable[[Where], Board]] = {
-    "tensorboard": TensorBoardBoard,
+    "tensorboard": _make_tensorboard,
     "jsonl": _make_jsonl,
     "console": _make_console,
     "null": lambda _: NullBoard(),
@@ -175,16 +138,17 @@ def make_boards(
     total_steps: int,
     resumed_step: int,
     console: Manner = "auto",
+    settings: Mapping[str, Setting] | None = None,
 ) -> Board:
     """One board that writes to all of `names`; above rank 0 only to those that every rank has.
 
-    Call it on every rank before the first step. Raises ConfigError for an unknown name, ClusterError for a package
+    settings: what the run is compared by (`compared_settings`). Call it on every rank before the first step. Raises ConfigError for an unknown name, ClusterError for a package
     that is missing, CheckpointError for a folder that cannot be written.
     """
     for name in names:
         if name not in BOARDS:
             raise ConfigError(f"metrics.boards: {name!r} is not one of {', '.join(BOARDS)}")
-    where = Where(folder, rank, world_size, total_steps, resumed_step, console)
+    where = Where(folder, rank, world_size, total_steps, resumed_step, console, settings or {})
     if rank == 0:
         _cut_ranks_that_left(where)
     mine = [name for name in dict.fromkeys(names) if rank == 0 or name in _EVERY_RANK]

@@ -64,8 +64,11 @@ class ConsoleBoard:
         elif "checkpoint/bytes" in values and not self._quiet:
             self._put([*_progress_words(step, self._total_steps, values), *_checkpoint_words(values)])
 
-    def text(self, tag: str, text: str) -> None:
+    def text(self, tag: str, markdown: str) -> None:
         """Nothing: a config is too long for the screen."""
+
+    def pictures(self, step: int, pngs: Mapping[str, bytes]) -> None:
+        """Nothing."""
 
     def close(self) -> None:
         for handler in self._around_records:

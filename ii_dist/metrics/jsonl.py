@@ -40,8 +40,11 @@ class JsonlBoard:
         check_tags(values)
         self._append(step, {tag: value if math.isfinite(value) else None for tag, value in values.items()})
 
-    def text(self, tag: str, text: str) -> None:
+    def text(self, tag: str, markdown: str) -> None:
         """Nothing: the run folder holds the config and the plan as files."""
+
+    def pictures(self, step: int, pngs: Mapping[str, bytes]) -> None:
+        """Nothing."""
 
     def close(self) -> None:
         self._file.close()
