@@ -7,12 +7,15 @@ factors. Colours of a column mean the same in all rows. matplotlib draws; it is 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ii_dist.config.errors import ClusterError
+
+if TYPE_CHECKING:
+    from ii_dist.models.watching import GateView
 
 F32 = NDArray[np.float32]
 
@@ -48,16 +51,6 @@ STYLE = {
 }
 
 
-@dataclass(slots=True)
-class BlockView:
-    """What one gate saw and answered; a gate without a lens has no images."""
-
-    block: str
-    image_NHW: F32 | None = None
-    view_Nhw: F32 | None = None
-    scale_NC: F32 | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class Scene:
     """One picture: a row for each of `names` and `pixels`, a group of panels for each of `views`."""
@@ -65,7 +58,7 @@ class Scene:
     title: str
     names: Sequence[str]
     pixels: Sequence[NDArray[np.uint8]]
-    views: Sequence[BlockView]
+    views: "Sequence[GateView]"
 
 
 class Sheet:
@@ -113,12 +106,12 @@ def draw(scene: Scene) -> bytes:
     return file.getvalue()
 
 
-def _block_width(view: BlockView) -> float:
+def _block_width(view: "GateView") -> float:
     images: float = 0.0 if view.image_NHW is None else 2 * SIDE + PANEL_GAP + GATE_GAP
     return images + GATE_WIDTH
 
 
-def _lines(view: BlockView) -> int:
+def _lines(view: "GateView") -> int:
     return 0 if view.image_NHW is None else int(view.image_NHW.shape[1])
 
 
@@ -133,7 +126,7 @@ def _draw_inputs(sheet: Sheet, scene: Scene) -> None:
             axis.set_title(f"image\n{pixels_HWC.shape[0]} × {pixels_HWC.shape[1]}", loc="left")
 
 
-def _draw_block(sheet: Sheet, view: BlockView, left: float) -> None:
+def _draw_block(sheet: Sheet, view: "GateView", left: float) -> None:
     assert view.scale_NC is not None
     sheet.text(left, BLOCK_NAMES, view.block, fontsize=9, fontweight="bold", color=INK)
     if view.image_NHW is not None and view.view_Nhw is not None:

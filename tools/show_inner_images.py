@@ -7,9 +7,9 @@ run on the images, prepared as for evaluation; what goes in and out of its gates
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,12 @@ from ii_dist.config import DataConfig, ModelConfig, load_config
 from ii_dist.config.errors import EXIT_DONE, CheckpointError, ConfigError, DataError
 from ii_dist.data.augment import eval_windows
 from tools._border import run
-from tools._inner_images import BlockView, Scene, draw
+from tools._inner_images import Scene, draw
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from ii_dist.models.watching import GateView
 
 TENSORBOARD_RUN = "inner_images"
 
@@ -107,45 +109,21 @@ def _network(cfg: ModelConfig, num_classes: int, step: FoundStep, ema: bool) -> 
     return network.eval()
 
 
-def watch(network: "nn.Module", images_NCHW: "Tensor", blocks: Sequence[str] = ()) -> list[BlockView]:
+def watch(network: "nn.Module", images_NCHW: "Tensor", blocks: Sequence[str] = ()) -> list["GateView"]:
     """What the gates of `blocks` see and answer while `network` looks at the images; in the network's order."""
     import torch
 
-    gates = {name.removesuffix(".gate"): module for name, module in network.named_modules() if name.endswith(".gate")}
+    from ii_dist.models.watching import gates_of, last_blocks, watch_gates
+
+    gates = gates_of(network)
     if not gates:
         raise ConfigError("this network has no gates (model.gate none): there is nothing to show")
     if unknown := [block for block in blocks if block not in gates]:
         raise ConfigError(f"--blocks {unknown[0]}: has no gate; those that have: {', '.join(gates)}")
-    last_of_stage = {block.rpartition(".")[0]: block for block in gates}
-    chosen = [block for block in gates if block in (blocks or last_of_stage.values())]
-    views = [BlockView(block) for block in chosen]
-    hooks = []
-    for view in views:
-        gate = gates[view.block]
-        hooks.append(gate.register_forward_hook(_keep_factors(view)))
-        if (lens := getattr(gate, "lens", None)) is not None:
-            hooks.append(lens.register_forward_hook(_keep_images(view)))
-    with torch.inference_mode():
+    chosen = [block for block in gates if block in (blocks or last_blocks(gates))]
+    with torch.inference_mode(), watch_gates(gates, chosen, most=len(images_NCHW)) as views:
         network(images_NCHW)
-    for hook in hooks:
-        hook.remove()
     return views
-
-
-def _keep_factors(view: BlockView) -> Callable[..., None]:
-    def hook(module: Any, inputs: tuple["Tensor", ...], scale_NC11: "Tensor") -> None:
-        view.scale_NC = scale_NC11.flatten(1).float().numpy()
-
-    return hook
-
-
-def _keep_images(view: BlockView) -> Callable[..., None]:
-    def hook(module: Any, inputs: tuple["Tensor", ...], view_Nhw: "Tensor") -> None:
-        image_N1HW = inputs[0]
-        view.image_NHW = image_N1HW.flatten(0, 1).float().numpy()
-        view.view_Nhw = view_Nhw.reshape(len(image_N1HW), *view_Nhw.shape[-2:]).float().numpy()
-
-    return hook
 
 
 def _write(out: Path, png: bytes) -> None:

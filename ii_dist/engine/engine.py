@@ -76,6 +76,10 @@ class Engine(Protocol):
         """loss, images, top1, top5 of one batch; images of weight 0 do not count."""
         ...
 
+    def evaluated(self) -> torch.nn.Module:
+        """The network that `eval_step` runs: to be watched, not to be changed."""
+        ...
+
     def state(self) -> EngineState:
         """The state after the last step. Collective."""
         ...

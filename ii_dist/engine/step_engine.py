@@ -115,6 +115,9 @@ class StepEngine(abc.ABC):
         finally:
             model.train(was_training)
 
+    def evaluated(self) -> nn.Module:
+        return self._evaluated()
+
     @abc.abstractmethod
     def state(self) -> EngineState: ...
 

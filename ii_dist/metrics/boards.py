@@ -142,8 +142,9 @@ def make_boards(
 ) -> Board:
     """One board that writes to all of `names`; above rank 0 only to those that every rank has.
 
-    settings: what the run is compared by (`compared_settings`). Call it on every rank before the first step. Raises ConfigError for an unknown name, ClusterError for a package
-    that is missing, CheckpointError for a folder that cannot be written.
+    settings: what the run is compared by (`compared_settings`). Call it on every rank before the first step. Raises
+    ConfigError for an unknown name, ClusterError for a package that is missing, CheckpointError for a folder that
+    cannot be written.
     """
     for name in names:
         if name not in BOARDS:

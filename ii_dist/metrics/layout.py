@@ -94,5 +94,3 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
         Lines("Evaluation (s)", ("eval/seconds",)),
     ),
 }
-
-

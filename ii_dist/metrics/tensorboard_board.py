@@ -99,12 +99,8 @@ def layout_summary(tags: Iterable[str]) -> Any:
         layout_pb2.Category(title=title, chart=[_chart(chart) for chart in charts]) for title, charts in shown.items()
     ]
     layout = layout_pb2.Layout(category=[category for category in categories if category.chart])
-    content = TensorProto(
-        dtype="DT_STRING", string_val=[layout.SerializeToString()], tensor_shape=TensorShapeProto()
-    )
-    value = Summary.Value(
-        tag=metadata.CONFIG_SUMMARY_TAG, tensor=content, metadata=metadata.create_summary_metadata()
-    )
+    content = TensorProto(dtype="DT_STRING", string_val=[layout.SerializeToString()], tensor_shape=TensorShapeProto())
+    value = Summary.Value(tag=metadata.CONFIG_SUMMARY_TAG, tensor=content, metadata=metadata.create_summary_metadata())
     return Summary(value=[value])
 
 

@@ -17,6 +17,7 @@ def fit(run: Session) -> bool:
         run.sign("data")
         with clock.data_wait():
             micro_batches = [next(batches) for _ in range(plan.accumulate_steps)]
+        run.show(micro_batches[0])
         run.sign("step")
         run.means.add(engine.train_step(micro_batches))  # device tensors: nobody waits
         clock.tick(plan.images_per_rank)

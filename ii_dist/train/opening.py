@@ -32,6 +32,7 @@ from ii_dist.data import BatchSource, make_eval_source, make_train_source
 from ii_dist.engine import Engine, EngineParts, make_engine
 from ii_dist.metrics import Board, StepClock, make_boards
 from ii_dist.metrics.machine import MachineWatch, machine_looks
+from ii_dist.metrics.hparams import compared_settings
 from ii_dist.metrics.means import RunningMeans
 from ii_dist.metrics.phases import make_phase_timer
 from ii_dist.metrics.ranks import RankTable, own_phases
@@ -45,6 +46,8 @@ from ii_dist.runtime.world import tell_libraries
 from ii_dist.train.agree import on_rank0
 from ii_dist.train.bad_files import BadFileLedger
 from ii_dist.train.fitting import fitting_plan
+from ii_dist.train.in_words import run_in_words
+from ii_dist.train.pictures import Pictures
 from ii_dist.train.resume import StartPoint, check_same_run, find_start, load_start, remember_index, seek_start
 from ii_dist.train.session import Results, Session
 from ii_dist.train.sharding_check import check_sharding
@@ -100,6 +103,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: Sequence[
             ranks=RankTable(world.rank, host_names(), own_phases(cfg.engine)),
             machine=_watch_machine(world, device, stack),
             board=board,
+            pictures=Pictures(cfg, plan, board, world.rank),
             bad_files=ledger,
             saver=saver,
             watchdog=watchdog,
@@ -234,6 +238,7 @@ def _open_board(
         total_steps=plan.total_steps,
         resumed_step=resumed_step,
         console=cfg.metrics.console,
+        settings=compared_settings(cfg, plan.world_size),
     )
     stack.callback(board.close)
     return board
@@ -264,8 +269,8 @@ def _make_saver(
 
 
 def _tell_start(cfg: RunConfig, plan: Plan, device: torch.device, start: StartPoint | None, board: Board) -> None:
-    board.text("config", dump_config(cfg))
-    board.text("plan", json.dumps(dataclasses.asdict(plan), indent=2))
+    for title, markdown in run_in_words(cfg, plan, device, start.step if start is not None else 0).items():
+        board.text(title, markdown)
     logger.info(
         "%s with gate %s on %d ranks (%s): %d steps of %d images%s",
         cfg.model.network,

@@ -11,7 +11,7 @@ import torch
 
 from ii_dist.checkpoint import Saver, SaveResult
 from ii_dist.config import CheckpointError, ConfigError, Plan, RunConfig, RunFolder
-from ii_dist.data import BatchSource
+from ii_dist.data import Batch, BatchSource
 from ii_dist.engine import Engine
 from ii_dist.metrics import Board, StepClock
 from ii_dist.metrics.machine import MachineWatch
@@ -25,6 +25,7 @@ from ii_dist.runtime.heartbeat import Phase
 from ii_dist.runtime.stop import StopVote
 from ii_dist.train.bad_files import BadFileLedger, count_left_out, refuse_many
 from ii_dist.train.evaluate import evaluate
+from ii_dist.train.pictures import Pictures
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Session:
     ranks: RankTable
     machine: MachineWatch
     board: Board
+    pictures: Pictures
     bad_files: BadFileLedger
     saver: Saver
     watchdog: Watchdog
@@ -68,6 +70,12 @@ class Session:
     def sign(self, phase: Phase) -> None:
         """Tell the supervisor that this rank lives, and what it is about to do."""
         self.heart.sign(phase, self.engine.step)
+
+    def show(self, batch: Batch) -> None:
+        """Pictures of the first batch that this attempt trains on; nothing of the others."""
+        if self.pictures.batch_is_due:
+            with self.clock.pause():
+                self.pictures.batch(batch, self.engine.step)
 
     def vote(self) -> None:
         """Learn whether any rank was asked to stop."""
@@ -117,7 +125,8 @@ class Session:
         self.sign("evaluate")
         started_s = time.monotonic()
         with self.clock.pause():
-            means = evaluate(self.engine, self.eval_source, self.device, interrupted)
+            batches = self.pictures.watch(self.engine, self.eval_source)
+            means = evaluate(self.engine, batches, self.device, interrupted)
         left_out = count_left_out(self.eval_source, self.folder.quarantine)
         if means is None:
             logger.info("evaluation of step %d given up to stop; it is made again on resume", self.engine.step)

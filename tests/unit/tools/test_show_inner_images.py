@@ -18,11 +18,12 @@ from ii_dist.config import DataConfig, ModelConfig, load_config
 from ii_dist.config.errors import ConfigError, DataError
 from ii_dist.data import make_eval_source
 from ii_dist.models import create_model
+from ii_dist.models.watching import GateView
 from ii_dist.runtime import World
 from tests.images import make_data_set, picture, plan_of, run_config
 from tests.tiny_run import ROOT, SIDE, train_tiny_run
 from tools import show_inner_images
-from tools._inner_images import BlockView, Scene, draw
+from tools._inner_images import Scene, draw
 from tools.show_inner_images import main, read_pixels, watch
 
 
@@ -142,7 +143,7 @@ def test_panels_show_the_numbers() -> None:
     for bright in (1, 4):
         image, seen = np.zeros((1, 8, 8), np.float32), np.zeros((1, 6, 6), np.float32)
         image[0, 2, :bright] = 1
-        view = BlockView("b", image, seen, np.linspace(0, 1, 32, dtype=np.float32)[None])
+        view = GateView("b", image, seen, np.linspace(0, 1, 32, dtype=np.float32)[None])
         png = draw(Scene("t", ["a"], [np.zeros((4, 4, 3), np.uint8)], [view]))
         shares.append(yellow_share(png))
     assert shares[0] > 0
