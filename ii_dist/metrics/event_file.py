@@ -24,8 +24,8 @@ _CHECKSUM = struct.Struct("<I")
 
 
 class EventFile:
-    """A new file of events. Each event is one write: none waits in memory. Raises OSError, also for a full disk: the file
-    is whole then, and there may be room for the next event."""
+    """A new file of events. Each event is one write: none waits in memory. Raises OSError, also for a full disk: the
+    file is whole then, and there may be room for the next event."""
 
     def __init__(self, path: Path) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

@@ -20,13 +20,16 @@ _RGB = 3
 
 
 class TensorBoardBoard:
-    """Writes one attempt of a run. A tag's first value carries its unit and meaning (the card's info sign)."""
+    """Writes one attempt of a run. Ahead of a tag's first value stand its unit and meaning (the card's info sign)."""
 
     def __init__(
         self, folder: RunFolder, *, resumed_step: int = 0, total_steps: int = 0, settings: Mapping[str, Setting]
     ) -> None:
         """settings: what the run is compared by; none = it is no row of the HPARAMS tab."""
         _check_installed()
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._value_of: Any = Summary.Value
         self._described: set[str] = set()
         self._resumed_step, self._total_steps, self._finished = resumed_step, total_steps, False
         where = folder.tensorboard
@@ -43,25 +46,18 @@ class TensorBoardBoard:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         check_tags(values)
         new = [tag for tag in values if tag not in self._described]
-        # One event for all values: a third of the cost of one event each.
-        self._file.add(step, _summary(self._scalar(tag, value) for tag, value in values.items()))
-        self._described.update(new)
         if new:
+            # In values without a number: TensorBoard's fast reader drops what is said beside a plain number.
+            self._file.add(step, _summary(_description(tag) for tag in new))
+        # One event for all values: a third of the cost of one event each.
+        value_of = self._value_of
+        self._file.add(step, _summary(value_of(tag=tag, simple_value=value) for tag, value in values.items()))
+        if new:
+            self._described.update(new)
             self._file.add(step, layout_summary(self._described))
         if step == self._total_steps and not self._finished:
             self._file.add(step, finished_summary())
             self._finished = True
-
-    def _scalar(self, tag: str, value: float) -> Any:
-        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-
-        if tag in self._described:
-            return Summary.Value(tag=tag, simple_value=value)
-        unit = TAGS[tag].unit
-        says = f"{TAGS[tag].says} Unit: {unit}." if unit else TAGS[tag].says
-        plugin = SummaryMetadata.PluginData(plugin_name="scalars")
-        metadata = SummaryMetadata(plugin_data=plugin, summary_description=says)
-        return Summary.Value(tag=tag, simple_value=value, metadata=metadata)
 
     def text(self, tag: str, markdown: str) -> None:
         self._file.add(self._resumed_step, _summary([_text(tag, markdown)]))
@@ -112,6 +108,16 @@ def _chart(chart: Chart) -> Any:
         return layout_pb2.Chart(title=chart.title, multiline=layout_pb2.MultilineChartContent(tag=patterns))
     series = layout_pb2.MarginChartContent.Series(value=chart.middle, lower=chart.low, upper=chart.high)
     return layout_pb2.Chart(title=chart.title, margin=layout_pb2.MarginChartContent(series=[series]))
+
+
+def _description(tag: str) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
+
+    unit = TAGS[tag].unit
+    says = f"{TAGS[tag].says} Unit: {unit}." if unit else TAGS[tag].says
+    plugin = SummaryMetadata.PluginData(plugin_name="scalars")
+    metadata = SummaryMetadata(plugin_data=plugin, data_class=DATA_CLASS_SCALAR, summary_description=says)
+    return Summary.Value(tag=tag, metadata=metadata)
 
 
 def _summary(values: Iterable[Any]) -> Any:

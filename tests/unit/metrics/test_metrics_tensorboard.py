@@ -85,4 +85,4 @@ def test_units_meanings_and_texts_are_there(tmp_path: Path) -> None:
     assert TAGS["time/step_s"].says in description
     assert "Unit: s." in description
     text = found.Tensors("config")[0].tensor_proto.string_val[0].decode()
-    assert "      epochs: 3" in text  # a code block: indented by four more than in the file
+    assert text == "name: digits\ntrain:\n  epochs: 3"
