@@ -110,6 +110,8 @@ class PhaseTimer(Phases):
     def begin(self, phase: Phase) -> None:
         if self.sampling:
             self._borders.append((phase, self._stamps.take()))
+        if self.listener is not None:
+            self.listener(phase)
 
     def start(self) -> None:
         """The first step begins now."""

@@ -4,6 +4,7 @@ In: `Phases.begin` at each border between two phases. Out: nothing here: `metric
 not know whether anybody does.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 Phase = Literal[
@@ -16,6 +17,8 @@ right answers. log, pause = writing numbers, evaluating and saving: between two 
 class Phases:
     """Keeps nothing. What measures is an heir of this."""
 
+    listener: Callable[[Phase], None] | None = None
+    """Hears of every border, of all steps: while a trace is recorded."""
     sampling = False
     """Whether this step is measured: a border that costs something by itself need not be told otherwise."""
 

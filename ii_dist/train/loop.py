@@ -15,6 +15,7 @@ def fit(run: Session) -> bool:
         run.evaluate()
     while engine.step < plan.total_steps and not run.stopping:
         run.sign("data")
+        run.traces.begin_step(engine.step)
         with clock.data_wait():
             micro_batches = [next(batches) for _ in range(plan.accumulate_steps)]
         run.show(micro_batches[0])

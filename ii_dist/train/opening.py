@@ -31,8 +31,8 @@ from ii_dist.config import (
 from ii_dist.data import BatchSource, make_eval_source, make_train_source
 from ii_dist.engine import Engine, EngineParts, make_engine
 from ii_dist.metrics import Board, StepClock, make_boards
-from ii_dist.metrics.machine import MachineWatch, machine_looks
 from ii_dist.metrics.hparams import compared_settings
+from ii_dist.metrics.machine import MachineWatch, machine_looks
 from ii_dist.metrics.means import RunningMeans
 from ii_dist.metrics.phases import make_phase_timer
 from ii_dist.metrics.ranks import RankTable, own_phases
@@ -51,6 +51,7 @@ from ii_dist.train.pictures import Pictures
 from ii_dist.train.resume import StartPoint, check_same_run, find_start, load_start, remember_index, seek_start
 from ii_dist.train.session import Results, Session
 from ii_dist.train.sharding_check import check_sharding
+from ii_dist.train.traces import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: Sequence[
             machine=_watch_machine(world, device, stack),
             board=board,
             pictures=Pictures(cfg, plan, board, world.rank),
+            traces=_open_traces(cfg, folder, world, device, clock, resumed_step, stack),
             bad_files=ledger,
             saver=saver,
             watchdog=watchdog,
@@ -242,6 +244,21 @@ def _open_board(
     )
     stack.callback(board.close)
     return board
+
+
+def _open_traces(
+    cfg: RunConfig,
+    folder: RunFolder,
+    world: World,
+    device: torch.device,
+    clock: StepClock,
+    resumed_step: int,
+    stack: contextlib.ExitStack,
+) -> Traces:
+    traces = Traces(cfg.profile, folder, world.rank, device, clock)
+    traces.plan(resumed_step)
+    stack.callback(traces.close)
+    return traces
 
 
 def _make_saver(

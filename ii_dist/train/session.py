@@ -26,6 +26,7 @@ from ii_dist.runtime.stop import StopVote
 from ii_dist.train.bad_files import BadFileLedger, count_left_out, refuse_many
 from ii_dist.train.evaluate import evaluate
 from ii_dist.train.pictures import Pictures
+from ii_dist.train.traces import Traces
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Session:
     machine: MachineWatch
     board: Board
     pictures: Pictures
+    traces: Traces
     bad_files: BadFileLedger
     saver: Saver
     watchdog: Watchdog
@@ -97,7 +99,9 @@ class Session:
 
     def log(self) -> None:
         """Write the numbers since the last line; the one place that waits for the device."""
-        step, means = self.engine.step, self.means.read(reduce=True)
+        step = self.engine.step
+        self.traces.look(step)
+        means = self.means.read(reduce=True)
         with self.clock.logging():
             tags = train_tags(means) | self._figures(step) | memory_tags(self.device) | self.machine.tags()
             tags["train/epoch"] = step / self.plan.steps_per_epoch

@@ -25,7 +25,9 @@ MOST_STEPS_ON_REQUEST = 1000
 class Traces:
     """The traces of one attempt on one rank."""
 
-    def __init__(self, cfg: ProfileConfig, folder: RunFolder, rank: int, device: torch.device, clock: StepClock) -> None:
+    def __init__(
+        self, cfg: ProfileConfig, folder: RunFolder, rank: int, device: torch.device, clock: StepClock
+    ) -> None:
         self._cfg, self._folder, self._rank, self._device, self._clock = cfg, folder, rank, device, clock
         self._mine = cfg.traces_on(rank)
         self._first = self._last = 0
@@ -75,6 +77,7 @@ class Traces:
             self._wake = _NEVER
             if self._mine:
                 self._trace = _Trace(self._device, self._cfg.memory)
+                self._clock.phases.listener = self._trace.begin_phase
             else:  # rank 0, which takes the request away when those who were asked are done
                 self._wake = self._last if step < self._last else _NEVER
                 if self._wake == _NEVER:
@@ -86,7 +89,7 @@ class Traces:
             self._trace.begin_step(step + 1)
 
     def _finish(self, trace: "_Trace") -> None:
-        self._trace = None
+        self._trace = self._clock.phases.listener = None
         first, last = trace.stop()
         if first:
             path = self._folder.trace(first, last, self._rank)
