@@ -260,17 +260,17 @@ class MetricsConfig(Slice):
     """What the console shows of training. auto = one line that is kept up to date in a terminal, a line each time in
     anything else; lines = a line each time; quiet = evaluations only. Warnings and the summary at the end always."""
     compare: Names = (
-        *("model.network", "model.gate", "optim.optimizer", "optim.lr", "optim.weight_decay", "train.epochs"),
-        *("train.global_batch", "data.image_size", "data.augment.policy", "engine.kind", "engine.precision", "seed"),
+        *("model.network", "model.gate", "optim.optimizer", "optim.lr", "train.global_batch", "train.epochs"),
+        *("optim.weight_decay", "data.image_size", "data.augment.policy", "engine.kind", "engine.precision", "seed"),
     )
-    """Keys of this config that TensorBoard's HPARAMS tab compares runs by; add those of a sweep. The number of ranks is
-    always among them."""
+    """Keys of this config that TensorBoard's HPARAMS tab compares runs by, the first five as columns from the start;
+    name those of a sweep first. The number of ranks is always among them."""
     batch_images: Annotated[int, Field(ge=0, le=64)] = 16
     """Images of an attempt's first batch that TensorBoard shows as the network gets them; 0 = none."""
     inner_images_every_epochs: NonNegative = 10.0
     """Epochs between pictures of the pseudo-images and factors of the gates, in TensorBoard, drawn by rank 0 at the
-    first evaluation after them and at the last one, from its first evaluation images; 0 = never. Networks without gates
-    and compiled ones have none."""
+    first evaluation after them and at the last one, for four of its evaluation images; 0 = never. Networks without
+    gates and compiled ones have none."""
 
 
 class RunConfig(Slice):

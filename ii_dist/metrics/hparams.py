@@ -12,6 +12,7 @@ from ii_dist.metrics.tags import TAGS
 
 Setting = str | float | bool
 
+SHOWN_AT_FIRST = 5  # columns of settings that TensorBoard shows until one asks for more
 RESULTS = ("eval/top1", "eval/top5", "train/loss", "throughput/images_per_s", "time/data_wait_share")
 
 
@@ -41,8 +42,12 @@ def hparams_summaries(name: str, settings: Mapping[str, Setting]) -> list[Any]:
     types = {bool: api_pb2.DATA_TYPE_BOOL, str: api_pb2.DATA_TYPE_STRING}
     # No domain: of a text it would be this run's one value, and runs with other values would not be shown.
     infos = [
-        api_pb2.HParamInfo(name=key, type=types.get(type(value), api_pb2.DATA_TYPE_FLOAT64))
-        for key, value in settings.items()
+        api_pb2.HParamInfo(
+            name=key,
+            type=types.get(type(value), api_pb2.DATA_TYPE_FLOAT64),
+            differs=number < SHOWN_AT_FIRST,  # those come first; which do differ, one run cannot know
+        )
+        for number, (key, value) in enumerate(settings.items())
     ]
     metrics = [
         api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag), display_name=tag, description=TAGS[tag].says)

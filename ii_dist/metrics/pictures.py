@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 
-SIDE, LARGEST, GAP, LINE = 128, 192, 8, 15  # pixels: smallest and largest image, space, a line of text
-COLUMNS = 8
+# Pixels: smallest and largest image, space, a line of text. TensorBoard shows a sheet at about half its size.
+SIDE, LARGEST, GAP, LINE = 128, 160, 8, 24
+TEXT, LETTER = 19, 10  # size of the letters, and how wide one is
+COLUMNS = 4
 FACTORS_WIDTH = 256
 PAPER, INK, FAINT, DOT = (255, 255, 255), (34, 34, 34), (170, 170, 170), (31, 95, 168)
 CLIPPED_PERCENT = 0.5  # at each end of a colour scale, so that one outlier does not flatten the rest
@@ -28,7 +30,7 @@ _COLOURS = np.array(
 
 
 def batch_png(images_NHWC: U8, captions: Sequence[str]) -> bytes:
-    """The images in rows of eight, each with its caption below."""
+    """The images in rows of four, each with its caption below."""
     from PIL import Image, ImageDraw
 
     cells = [_resized(pixels_HWC) for pixels_HWC in images_NHWC]
@@ -40,7 +42,7 @@ def batch_png(images_NHWC: U8, captions: Sequence[str]) -> bytes:
     for number, (cell, caption) in enumerate(zip(cells, captions, strict=True)):
         left, top = GAP + number % columns * pitch_x, GAP + number // columns * pitch_y
         sheet.paste(cell, (left, top))
-        draw.text((left, top + side_y + 1), _short(caption, side_x), INK)
+        _write(draw, left, top + side_y, _short(caption, side_x))
     return _png(sheet)
 
 
@@ -51,22 +53,22 @@ def gate_png(images_NHWC: U8, title: str, image_NHW: F32 | None, view_Nhw: F32 |
 
     columns: list[tuple[str, list[Image.Image]]] = [("image", [_resized(pixels_HWC) for pixels_HWC in images_NHWC])]
     side_y = columns[0][1][0].size[1]
-    for name, values in (("pseudo-image", image_NHW), ("after the lens", view_Nhw)):
+    for name, values in (("inner image", image_NHW), ("lens", view_Nhw)):
         if values is not None:
             rows, across = values.shape[1:]
-            columns.append((f"{name} {rows} x {across}", _heat_maps(values, side_y)))
+            columns.append((f"{name} {rows}x{across}", _heat_maps(values, side_y)))
     low, high = float(scale_NC.min()), float(scale_NC.max())
-    columns.append((f"{scale_NC.shape[1]} factors, {low:.3f} to {high:.3f}", _factors(scale_NC, side_y)))
-    width = GAP + sum(GAP + max(cells[0].size[0], 6 * len(name)) for name, cells in columns)
+    columns.append((f"{scale_NC.shape[1]} factors {low:.2f}-{high:.2f}", _factors(scale_NC, side_y)))
+    width = GAP + sum(GAP + max(cells[0].size[0], LETTER * len(name)) for name, cells in columns)
     sheet = Image.new("RGB", (width, 3 * GAP + 2 * LINE + len(images_NHWC) * (side_y + GAP)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, GAP), title, INK)
+    _write(draw, GAP, GAP, title)
     left = GAP
     for name, cells in columns:
-        draw.text((left, GAP + LINE + GAP // 2), name, INK)
+        _write(draw, left, GAP + LINE + GAP // 2, name)
         for row, cell in enumerate(cells):
             sheet.paste(cell, (left, 2 * GAP + 2 * LINE + row * (side_y + GAP)))
-        left += GAP + max(cells[0].size[0], 6 * len(name))
+        left += GAP + max(cells[0].size[0], LETTER * len(name))
     return _png(sheet)
 
 
@@ -105,6 +107,7 @@ def _factors(scale_NC: F32, height: int) -> list["Image"]:
     room = max(high - low, 0.02) * 1.1
     middle = (low + high) / 2
     x = np.linspace(2, FACTORS_WIDTH - 3, scale_NC.shape[1])
+    dot = 1.5 if scale_NC.shape[1] <= 256 else 0.5
     cells = []
     for scale_C in scale_NC:
         cell = Image.new("RGB", (FACTORS_WIDTH, height), PAPER)
@@ -113,13 +116,19 @@ def _factors(scale_NC: F32, height: int) -> list["Image"]:
         y = (0.5 - (np.append(scale_C[order], 0.5) - middle) / room) * (height - 1)
         draw.line((0, float(y[-1]), FACTORS_WIDTH, float(y[-1])), FAINT)
         for across, down in zip(x.tolist(), y[:-1].tolist(), strict=True):
-            draw.rectangle((across - 1, down - 1, across + 1, down + 1), DOT)
+            draw.rectangle((across - dot, down - dot, across + dot, down + dot), DOT)
         cells.append(cell)
     return cells
 
 
+def _write(draw: Any, left: int, top: int, text: str) -> None:
+    from PIL import ImageFont
+
+    draw.text((left, top), text, INK, font=ImageFont.load_default(TEXT))
+
+
 def _short(caption: str, width: int) -> str:
-    fits = width // 6
+    fits = width // LETTER
     return caption if len(caption) <= fits else caption[: fits - 2] + ".."
 
 

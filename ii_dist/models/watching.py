@@ -51,6 +51,21 @@ def watch_gates(gates: Mapping[str, nn.Module], blocks: Sequence[str], most: int
         yield views
 
 
+def joined(views: Sequence[GateView]) -> GateView:
+    """What one gate did with several images one after the other, as if they had been one batch."""
+    return GateView(
+        views[0].block,
+        _stacked([view.image_NHW for view in views]),
+        _stacked([view.view_Nhw for view in views]),
+        _stacked([view.scale_NC for view in views]),
+    )
+
+
+def _stacked(arrays: Sequence[F32 | None]) -> F32 | None:
+    there = [array for array in arrays if array is not None]
+    return np.concatenate(there) if there else None
+
+
 def _keep_factors(view: GateView, most: int) -> Callable[..., None]:
     def hook(module: Any, inputs: tuple[Tensor, ...], scale_NC11: Tensor) -> None:
         view.scale_NC = _on_host(scale_NC11[:most].flatten(1))

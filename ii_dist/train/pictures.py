@@ -4,7 +4,7 @@ In: batches and evaluations as they come. Out: PNG files on the board of rank 0;
 between these two moments.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from ii_dist.data import Batch
 from ii_dist.engine import Engine
 from ii_dist.metrics import Board
 from ii_dist.metrics.pictures import U8, batch_png, gate_png
-from ii_dist.models.watching import GateView, gates_of, last_blocks, watch_gates
+from ii_dist.models.watching import GateView, gates_of, joined, last_blocks, watch_gates
 
 INNER_IMAGES = 4
 
@@ -47,23 +47,36 @@ class Pictures:
         return step >= self._plan.total_steps or step // every > before // every
 
     def watch(self, engine: Engine, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches of an evaluation; what the gates do with the first ones' images is shown once that is known."""
-        step, following = engine.step, iter(batches)
+        """The batches of an evaluation; what the gates do with some of their images is shown at its end."""
+        step = engine.step
         gates = gates_of(engine.evaluated()) if self.inner_images_are_due(step) else {}
-        if gates:
-            with watch_gates(gates, last_blocks(gates), INNER_IMAGES) as views:
-                first = next(following)
-                yield first
-            self._show(first, views, step)
-        yield from following
+        if not gates:
+            yield from batches
+            return
+        # From all over the set: images that stand side by side in it are often of one class.
+        chosen = {number * self._plan.eval_steps // INNER_IMAGES for number in range(INNER_IMAGES)}
+        seen, views = [], []
+        for number, batch in enumerate(batches):
+            if number not in chosen:
+                yield batch
+                continue
+            with watch_gates(gates, last_blocks(gates), most=1) as views_of_image:
+                yield batch
+            if batch.weight_N[0] > 0:  # no padding
+                seen.append(pixels(batch.images_NCHW[:1], self._cfg.data))
+                views.append(views_of_image)
+        if seen:
+            self._show(np.concatenate(seen), views, step)
 
-    def _show(self, batch: Batch, views: Iterable[GateView], step: int) -> None:
-        seen = pixels(batch.images_NCHW[:INNER_IMAGES], self._cfg.data)
+    def _show(self, images_NHWC: U8, views: Sequence[Sequence[GateView]], step: int) -> None:
         pngs = {}
-        for view in views:
+        for views_of_block in zip(*views, strict=True):
+            view = joined(views_of_block)
             assert view.scale_NC is not None
             title = f"{self._cfg.model.network}, gate {self._cfg.model.gate}, {view.block}, step {step}"
-            pngs[f"inner_images/{view.block}"] = gate_png(seen, title, view.image_NHW, view.view_Nhw, view.scale_NC)
+            pngs[f"inner_images/{view.block}"] = gate_png(
+                images_NHWC, title, view.image_NHW, view.view_Nhw, view.scale_NC
+            )
         self._board.pictures(step, pngs)
 
     def _caption(self, batch: Batch, number: int) -> str:
