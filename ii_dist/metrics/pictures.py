@@ -95,7 +95,8 @@ def _heat_maps(values_NHW: F32, height: int) -> list["Image"]:
     share = (places - before)[..., None]
     colours = (_COLOURS[before] * (1 - share) + _COLOURS[before + 1] * share).round().astype(np.uint8)
     width = height if values_NHW.shape[1] <= 4 * values_NHW.shape[2] else height // 2
-    return [Image.fromarray(colour_HWC).resize((width, height), Image.Resampling.NEAREST) for colour_HWC in colours]
+    # Box: several rows to a pixel are averaged, none is left out.
+    return [Image.fromarray(colour_HWC).resize((width, height), Image.Resampling.BOX) for colour_HWC in colours]
 
 
 def _factors(scale_NC: F32, height: int) -> list["Image"]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ii_dist.config import ConfigError, load_config
+from ii_dist.config import ConfigError, load_config, recipe_differences
 
 MINIMAL = "name: x\nmodel: {network: ini_resnet20}\n"
 
@@ -173,3 +173,25 @@ def test_a_wrong_config_ends_the_command_before_torch_is_imported(tmp_path: Path
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
     assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "span"), [("10:20", (10, 20)), ("7:7", (7, 7)), ("100:1005", (100, 1005)), ("", None)]
+)
+def test_steps_to_trace_are_read_as_they_are_written(tmp_path: Path, text: str, span: tuple[int, int] | None) -> None:
+    path = write(tmp_path, MINIMAL + f"profile:\n  steps: {text or repr(text)}\n")
+    assert load_config(path).profile.span == span
+    assert load_config(write(tmp_path, MINIMAL, "d.yaml"), [f"profile.steps={text}"]).profile.span == span
+
+
+@pytest.mark.parametrize("text", ["20:10", "0:3", "a:b", "3", "1:2:3", "-1:4"])
+def test_steps_that_cannot_be_traced_are_refused(tmp_path: Path, text: str) -> None:
+    assert "profile.steps" in error_of(write(tmp_path, MINIMAL), f"profile.steps={text}")
+
+
+def test_what_is_watched_is_no_part_of_the_recipe(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    watched = ["profile.steps=3:4", "profile.ranks=[0, 1]", "profile.memory=true", "metrics.batch_images=0"]
+    other = load_config(path, [*watched, "metrics.compare=[seed]"])
+    assert other.profile.ranks == (0, 1)
+    assert recipe_differences(load_config(path), other) == []
