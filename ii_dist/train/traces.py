@@ -163,5 +163,8 @@ class _Trace:
     def write(self, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         part = path.with_name(f".{path.name}")
-        self._profiler.export_chrome_trace(str(part))
-        part.replace(path)
+        try:
+            self._profiler.export_chrome_trace(str(part))
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
