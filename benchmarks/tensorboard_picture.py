@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, HEIGHT, SCALE = 1640, 1240, 1400 / 1640
-TIMEOUT_S = 90.0
+TIMEOUT_S, SETTLE_S = 90.0, 6.0
+FIRST, SECOND = "digits-fold3x3", "digits-none"
 TABS = {
     "custom_scalars": "/#custom_scalars&_smoothingWeight=0",
     "scalars": "/#timeseries&_smoothingWeight=0",
@@ -46,9 +48,10 @@ def main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         runs: Path = args.runs or make_runs(Path(scratch), args.ranks)
         with served(runs) as address, Browser(Path(scratch) / "browser") as browser:
+            print(f"{check_steps(address)} numbers, each step of them once", flush=True)
             for tab in args.tabs:
                 browser.open(address + TABS[tab])
-                prepare(browser, tab)
+                prepare(browser, tab, "" if args.runs else FIRST)
                 (args.out / f"{tab}.png").write_bytes(browser.picture())
                 print(args.out / f"{tab}.png", flush=True)
 
@@ -65,13 +68,13 @@ def make_runs(folder: Path, ranks: int) -> Path:
     runs = folder / "runs"
     common = [f"runs_folder={runs}", f"data.root={data}", "engine.device=cpu", "checkpoint.every_steps=20"]
     common += ["metrics.log_every_steps=4", "metrics.inner_images_every_epochs=2", "train.epochs=6"]
-    inner = ["name=digits-fold3x3", *common]
+    inner = [f"name={FIRST}", *common]
     first = start(ranks, inner)
-    numbers = runs / "digits-fold3x3" / "metrics" / "rank_00000.jsonl"
+    numbers = runs / FIRST / "metrics" / "rank_00000.jsonl"
     wait_until(lambda: numbers.exists() and '"step": 56,' in numbers.read_text(), "step 56", first)
-    os.kill(json.loads((runs / "digits-fold3x3" / "lease.json").read_text())["pid"], signal.SIGKILL)
+    os.kill(json.loads((runs / FIRST / "lease.json").read_text())["pid"], signal.SIGKILL)
     first.wait()  # the launcher ends the other ranks
-    for overrides in (inner, ["name=digits-none", "model.gate=none", "optim.lr=0.05", *common]):
+    for overrides in (inner, [f"name={SECOND}", "model.gate=none", "optim.lr=0.05", *common]):
         if start(ranks, overrides).wait():
             raise SystemExit(f"{overrides[0]}: the run failed")
     return runs
@@ -211,14 +214,30 @@ class Browser:
 
 
 # Every element of the page, also those that components keep to themselves.
-ALL = """(() => { const found = []; const walk = (root) => { for (const e of root.querySelectorAll('*')) {
-found.push(e); if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found; })()"""
+ELEMENTS = """const elements = []; const walk = (root) => { for (const e of root.querySelectorAll('*')) {
+elements.push(e); if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document);"""
 
 
-def prepare(browser: Browser, tab: str) -> None:
-    """Wait until the tab has drawn what it shows; open what it keeps closed."""
-    browser.wait_for(f"{ALL}.length > 300")
-    time.sleep(8)
+def prepare(browser: Browser, tab: str, only: str = "") -> None:
+    """Wait until the tab has drawn what it shows. CUSTOM SCALARS: of the runs whose name matches `only`."""
+    browser.wait_for(f"(() => {{ {ELEMENTS} return elements.length > 300; }})()")
+    time.sleep(SETTLE_S)
+    if tab == "custom_scalars" and only:
+        browser.run(f"(() => {{ {ELEMENTS} elements.find((e) => e.id === 'multiCheckbox').regex = '{only}'; }})()")
+        time.sleep(SETTLE_S)
+
+
+def check_steps(address: str) -> int:
+    """How many numbers of all runs there are; ends the program where one shows a step twice or out of order."""
+    count = 0
+    for run, tags in _get(f"{address}/data/plugin/scalars/tags").items():
+        for tag in tags:
+            query = urllib.parse.urlencode({"run": run, "tag": tag})
+            steps = [step for _, step, _ in _get(f"{address}/data/plugin/scalars/scalars?{query}")]
+            if steps != sorted(set(steps)):
+                raise SystemExit(f"{run}: {tag} shows the steps {steps}")
+            count += 1
+    return count
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def _over_ranks(phase: str, says: str) -> Band:
 GROUPS: dict[str, tuple[Chart, ...]] = {
     "Throughput": (
         Lines("Images per second, all ranks", ("throughput/images_per_s",)),
-        Lines("Images per second, this rank", ("throughput/images_per_s_rank",)),
+        Lines("Images per second, rank 0", ("throughput/images_per_s_rank",)),
         Lines("Share of what the hardware could do", ("throughput/mfu_share", "throughput/roofline_share")),
         Lines("Share of the time that trained", ("run/goodput_share",)),
     ),
@@ -59,13 +59,14 @@ GROUPS: dict[str, tuple[Chart, ...]] = {
             ),
         ),
         Lines("Share of the time waiting for images", ("time/data_wait_share",)),
-        _over_ranks("step", "A step"),
-        _over_ranks("data_wait", "Waiting for images"),
-        _over_ranks("forward", "Forward"),
-        _over_ranks("backward", "Backward with all-reduce"),
-        _over_ranks("optimizer", "Optimizer"),
         Lines("How much longer the slowest rank takes (share)", ("ranks/slowest_excess_share",)),
         Lines("Which rank is the slowest", ("ranks/slowest_rank",)),
+        # TensorBoard shows bands behind all lines, the last one first.
+        _over_ranks("optimizer", "Optimizer"),
+        _over_ranks("backward", "Backward with all-reduce"),
+        _over_ranks("forward", "Forward"),
+        _over_ranks("data_wait", "Waiting for images"),
+        _over_ranks("step", "A step"),
     ),
     "Learning": (
         Lines("Top-1 (%)", ("train/top1", "eval/top1")),
