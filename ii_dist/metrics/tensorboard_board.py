@@ -111,12 +111,12 @@ def _chart(chart: Chart) -> Any:
 
 
 def _description(tag: str) -> Any:
-    from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 
     unit = TAGS[tag].unit
     says = f"{TAGS[tag].says} Unit: {unit}." if unit else TAGS[tag].says
     plugin = SummaryMetadata.PluginData(plugin_name="scalars")
-    metadata = SummaryMetadata(plugin_data=plugin, data_class=DATA_CLASS_SCALAR, summary_description=says)
+    metadata = SummaryMetadata(plugin_data=plugin, summary_description=says)
     return Summary.Value(tag=tag, metadata=metadata)
 
 

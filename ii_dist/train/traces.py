@@ -41,7 +41,7 @@ class Traces:
         if self._mine and self._cfg.span is not None:
             first, last = self._cfg.span
             if last > step:
-                self._expect(max(first, step + 1), last, step)
+                self._expect(first, last, step)
 
     def begin_step(self, step: int) -> None:
         """`step` steps are done and the next one begins."""
