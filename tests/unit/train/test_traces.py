@@ -77,7 +77,7 @@ def test_the_steps_asked_for_are_traced_with_their_phases(tmp_path: Path) -> Non
     for _, start, end in steps:
         within = [name for name, s, e in found if start <= s and e <= end and name in PHASES]
         assert within == list(PHASES)
-    assert len([one for one in found if one[0] in PHASES]) == 3 * len(PHASES)  # none outside
+    assert all(any(s <= start and end <= e for _, s, e in steps) for _, start, end in found)  # none outside
     assert rank.clock.phases.listener is None
 
 
@@ -131,9 +131,9 @@ def test_ranks_see_the_same_request_and_rank_0_takes_it_away(tmp_path: Path) -> 
     ranks = [Rank(tmp_path, number, ranks=[1]) for number in range(3)]  # a process has one profiler
     ranks[0].folder.profile_now.write_text("2")
     there = []
-    for step in range(1, 9):
+    for step in range(1, 14):
         for rank in (ranks[1], ranks[2], ranks[0]):  # rank 1 is done before rank 0 has taken it away
-            rank.train(1, log_at=(2, 3, 4, 5, 6, 7, 8))
+            rank.train(1, log_at=tuple(range(2, 14)))
         there.append((step, ranks[0].folder.profile_now.exists()))
     assert ranks[0].files() == [ranks[0].folder.trace(4, 5, 1).name]
     assert [step for step, exists in there if exists] == [1, 2, 3, 4, 5]
