@@ -30,7 +30,8 @@ TIMEOUT_S, SETTLE_S = 90.0, 6.0
 FIRST, SECOND = "digits-fold3x3", "digits-none"
 TABS = {
     "custom_scalars": "/#custom_scalars&_smoothingWeight=0",
-    "scalars": "/#timeseries&_smoothingWeight=0",
+    "time_series": "/#timeseries&_smoothingWeight=0",
+    "scalars": "/#scalars&_smoothingWeight=0",
     "images": "/#images",
     "hparams": "/#hparams",
     "text": "/#text",
@@ -101,9 +102,9 @@ def served(runs: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs), "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", runs.name, "--host", "127.0.0.1"]
     with tempfile.TemporaryFile() as said:
-        server = subprocess.Popen([*command, "--port", str(port)], stdout=said, stderr=said)
+        server = subprocess.Popen([*command, "--port", str(port)], cwd=runs.resolve().parent, stdout=said, stderr=said)
         address = f"http://127.0.0.1:{port}"
         try:
             wait_until(lambda: len(_get(f"{address}/data/runs")) >= len(list(runs.glob("*/tb"))), "TensorBoard", server)

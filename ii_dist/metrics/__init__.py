@@ -5,11 +5,12 @@ them all) on boards (`make_boards`: TensorBoard, JSON lines, console), a summary
 back over all ranks (`read_run`).
 
     clock, phases   how long steps last, and what they are made of, on some of them
-    means           sums on the device (imports torch, as do machine, memory and pictures: import them by their name)
+    means           sums on the device (imports torch, as do machine and memory: import them by their name)
     ranks           the ranks beside each other, and who is slow
     machine         processors, disks, network, GPU, in a thread of its own; memory, process: this process
     tags            every number: name, unit, how ranks combine
     boards          where numbers go: TensorBoard, jsonl, console; summary: the end of a run
+    tensorboard_board  event_file: what lies on disk; layout, hparams, pictures: what a person sees there
     read            what the ranks wrote, as one table
 """
 

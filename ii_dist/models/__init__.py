@@ -14,6 +14,7 @@ Importing the room registers its networks with timm: ``timm.create_model("ini_re
     named     the named networks; table `MODELS`, from `ii_dist.config.networks`
     graft     gates for the residual blocks of timm's other families
     table     parameters and multiply-adds of every network and gate, beside what was published
+    watching  what the gates of a network see and answer while it runs
     pretrained  weights of a plain network under new gates; the only file that the room reads
 """
 

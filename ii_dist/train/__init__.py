@@ -2,9 +2,9 @@
 
 In: a `RunConfig`, its `Plan`, a `World`. Out: an exit code and a run folder. `preflight` checks without torch;
 `opening` opens all rooms, `session` is what they make together, `loop` is the loop, `evaluate`, `resume` and `agree`
-are its verbs, `commands` the whole; `export_request` and `export` turn what it made into one file, `recalibrate`
-measures the BatchNorm statistics of such a file. `fit`, `train` and `evaluate_checkpoint` import torch when first asked
-for.
+are its verbs, `commands` the whole; `pictures`, `traces` and `in_words` show it to a person; `export_request` and
+`export` turn what it made into one file, `recalibrate` measures the BatchNorm statistics of such a file. `fit`, `train`
+and `evaluate_checkpoint` import torch when first asked for.
 """
 
 from typing import TYPE_CHECKING
