@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ii_dist.config import ClusterError, ConfigError, RunFolder
 from ii_dist.metrics import BOARDS, read_rank_metrics
 from ii_dist.metrics.boards import Board, CombinedBoard, Where, make_boards
+from ii_dist.metrics.pictures import batch_png
 
 VALUES = {"train/loss": 1.0, "train/top1": 50.0, "throughput/images_per_s": 10.0, "time/data_wait_share": 0.5}
 
@@ -20,12 +22,13 @@ def make(name: str, root: Path, resumed_step: int = 0) -> Board:
 
 
 @pytest.mark.parametrize("name", BOARDS)
-def test_a_board_takes_numbers_and_words_and_closes(name: str, tmp_path: Path) -> None:
+def test_a_board_takes_numbers_words_and_pictures_and_closes(name: str, tmp_path: Path) -> None:
     board = make(name, tmp_path)
     board.text("config", "name: x\n  key: value")
     board.write(1, VALUES)
     board.write(1, {"eval/top1": 10.0, "eval/loss": float("nan")})
     board.write(2, {})
+    board.pictures(2, {"images/x": batch_png(np.zeros((1, 8, 8, 3), np.uint8), ["a class"])})
     board.write(3, VALUES)
     board.close()
 
@@ -113,6 +116,9 @@ def test_several_boards_are_one(tmp_path: Path) -> None:
         def text(self, tag: str, text: str) -> None:
             self.seen.append((tag, text))
 
+        def pictures(self, step: int, pngs: object) -> None:
+            self.seen.append((step, pngs))
+
         def close(self) -> None:
             self.seen.append("closed")
 
@@ -120,5 +126,6 @@ def test_several_boards_are_one(tmp_path: Path) -> None:
     board = CombinedBoard({"one": one, "two": two}, RunFolder(tmp_path))
     board.write(1, VALUES)
     board.text("config", "name: x")
+    board.pictures(1, {"x": b"png"})
     board.close()
-    assert one.seen == two.seen == [(1, VALUES), ("config", "name: x"), "closed"]
+    assert one.seen == two.seen == [(1, VALUES), ("config", "name: x"), (1, {"x": b"png"}), "closed"]
