@@ -151,10 +151,11 @@ def test_a_requeued_job_gets_another_port_and_keeps_its_records(tmp_path: Path) 
     assert env["MASTER_PORT"] != str(slurm_port(job.id, 0))
 
 
-def test_a_newline_in_the_job_name_runs_nothing(tmp_path: Path) -> None:
+def test_a_newline_in_the_job_name_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Submitit's renderer and the real sbatch let this name through; our border is what stops it."""
     import submitit
 
+    monkeypatch.chdir(tmp_path)  # the attacked script has lost its --output
     canary = tmp_path / "canary"
     payload = f"x\\'\"\ntouch {canary}\n#"
     executor = submitit.SlurmExecutor(private_folder(tmp_path / "bare"))
