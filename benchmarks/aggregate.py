@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.made_runs import Made, write_run
+from benchmarks.merge import peak_bytes
 from ii_dist.config.run_folder import RunFolder
 
 DIFFERENT = 32
@@ -53,7 +54,7 @@ def measure_here(work: str, root: Path) -> dict[str, float]:
                     json.loads(line)
                     count += 1
         cpu_s = time.process_time() - before_s
-    return {"cpu_s": cpu_s, "lines": count, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
+    return {"cpu_s": cpu_s, "lines": count, "peak_mb": peak_bytes() / 1e6}
 
 
 def measure(work: str, root: Path) -> dict[str, float]:
