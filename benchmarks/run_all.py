@@ -13,7 +13,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
-PARTS = ("loader", "step", "metrics", "ranks", "startup", "models", "checkpoint", "merge")
+PARTS = ("loader", "step", "metrics", "ranks", "startup", "models", "checkpoint", "merge", "aggregate")
 RESULTS = Path("benchmarks/results")
 
 

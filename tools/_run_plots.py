@@ -11,7 +11,7 @@ from typing import Any
 
 from ii_dist.config.errors import ClusterError
 from ii_dist.metrics.words import in_words_rate, in_words_share
-from tools._plot_style import INK, STYLE
+from tools._plot_style import INK, STYLE, label
 from tools._run_facts import RunFacts
 
 COLOURS = ("#1f5fa8", "#d1622b", "#2f8f5b", "#8a4fa3", "#b8912a", "#4a4a4a")
@@ -70,7 +70,7 @@ def _draw_learning(axis: Any, facts: RunFacts, colour: str, name: str, several: 
 def _draw_over_time(
     axis: Any, facts: RunFacts, colour: str, tag: str, scale: float, seconds: float, several: bool
 ) -> None:
-    elapsed = dict(zip((row.step for row in facts.metrics.rows), facts.elapsed_s(), strict=True))
+    elapsed = dict(zip((row.step for row in facts.metrics.rows), facts.elapsed_s, strict=True))
     rows, values = facts.metrics.series(tag)
     times = [elapsed[row.step] / seconds for row in rows]
     scaled = [scale * value for value in values]
@@ -80,14 +80,14 @@ def _draw_over_time(
 
 
 def _mark_restarts(axes: Any, facts: RunFacts, seconds: float, colour: str) -> None:
-    elapsed, rows = facts.elapsed_s(), facts.metrics.rows
+    elapsed, rows = facts.elapsed_s, facts.metrics.rows
     for k, step in enumerate(facts.restart_steps()):
         before = [time for row, time in zip(rows, elapsed, strict=True) if row.step <= step]
         places = {0: step, 1: (before[-1] if before else 0.0) / seconds}
         for column, place in places.items():
             for axis in axes[:, column]:
-                label = "restart" if k == 0 else None
-                axis.axvline(place, color=colour, linewidth=1.0, linestyle=(0, (4, 3)), alpha=0.6, label=label)
+                named = "restart" if k == 0 else None
+                axis.axvline(place, color=colour, linewidth=1.0, linestyle=(0, (4, 3)), alpha=0.6, label=named)
 
 
 def _name_axes(loss: Any, rate: Any, top1: Any, wait: Any, unit: str) -> None:
@@ -122,6 +122,6 @@ def _legends(figure: Any, axes: Any, runs: Sequence[RunFacts]) -> None:
     from matplotlib.lines import Line2D
 
     lines = [Line2D([], [], color=c) for c in _colours(len(runs))]
-    figure.legend(lines, [facts.name for facts in runs], loc="outside lower center", ncols=min(4, len(runs)))
+    figure.legend(lines, [label(facts.name) for facts in runs], loc="outside lower center", ncols=min(4, len(runs)))
     kinds = [Line2D([], [], color=INK, alpha=TRAIN_ALPHA, linewidth=1.2), Line2D([], [], color=INK)]
     axes[0][0].legend(kinds, ["training", "evaluation"], loc="upper right")

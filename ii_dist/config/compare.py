@@ -16,6 +16,7 @@ from ii_dist.config.schema import RunConfig
 
 FREE_KEYS = (
     "runs_folder",
+    "expected_top1",
     "data.root",
     "data.stage_to",
     "data.threads_per_rank",

@@ -279,6 +279,9 @@ class RunConfig(Slice):
     name: Word
     runs_folder: str = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    expected_top1: Annotated[float, Field(ge=0.0, le=100.0)] = 0.0
+    """Top-1 that this recipe is published, or was measured, to reach, per cent; 0 = not known. Reports compare with it;
+    training does not look at it."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()

@@ -16,7 +16,8 @@ back over all ranks (`read_run`).
 
 from ii_dist.metrics.boards import BOARDS, Board, make_boards
 from ii_dist.metrics.clock import ClockReading, StepClock, Stretch, Totals
-from ii_dist.metrics.read import RankFigures, Row, RunMetrics, Start, read_rank_metrics, read_run
+from ii_dist.metrics.columns import Start
+from ii_dist.metrics.read import RankFigures, Row, RunMetrics, read_rank_metrics, read_run
 from ii_dist.metrics.summary import Summary, format_summary, read_summary, write_summary
 from ii_dist.metrics.tags import TAGS, Tag, check_tags
 

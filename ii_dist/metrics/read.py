@@ -1,33 +1,28 @@
 """The ranks' JSON lines read back: one rank as rows, a run as one table over all ranks.
 
 In: ``metrics/rank_*.jsonl``, perhaps torn by a kill or with steps that a later attempt made again. Out: rows in which
-each step stands once (what was written last wins). Files are read from their end, block by block, so that the latest
-value comes first and memory does not grow with the ranks.
+each step stands once (what was written last wins). `columns` reads a file; here ranks are combined, one after the
+other, so that memory does not grow with their number.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from ii_dist.config.errors import CheckpointError
 from ii_dist.config.run_folder import RunFolder, parse_rank_metrics
-from ii_dist.metrics.clock import Stretch
-from ii_dist.metrics.jsonl import parse_line
+from ii_dist.metrics.columns import Floats, Ints, Mask, RankTable, Start, read_columns
 from ii_dist.metrics.tags import TAGS
 
-_BLOCK_BYTES = 1 << 18
+PHASES = ("data_wait", "copy", "forward", "backward", "allreduce", "optimizer", "metrics", "other")
+"""Parts of a step in their order; each has a tag ``time/<phase>_s``. allreduce is the wait for other ranks, which the
+tag of backward has in it and `split_phases` takes out."""
 
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """An attempt began on one rank: from `step`, at Unix time `time_s`."""
-
-    step: int
-    time_s: float
-    rank: int
-    world_size: int
-    host: str
+_GROUPS = ("first", "mean", "sum", "max", "")
+"""How ranks combine; "" is of another version."""
 
 
 @dataclass(slots=True)
@@ -41,16 +36,19 @@ class Row:
 
 @dataclass(slots=True)
 class RankFigures:
-    """What one rank did in the steps that counted. Rate and share are over its training time after the first epoch,
-    or over all of it where there is no more."""
+    """What one rank did in the steps that counted. Rates, shares and times are over its training time after the first
+    epoch, or over all of it where there is no more."""
 
     rank: int
     host: str = "?"
     last_step: int = 0
     images_per_s: float = math.nan
     data_wait_share: float = math.nan
+    step_s: float = math.nan
     rss_gib: float = math.nan
     device_gib: float = math.nan
+    phase_s: dict[str, float] = field(default_factory=dict)
+    """Seconds of a step by phase, for those of `PHASES` that were written; backward without allreduce."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,6 @@ class RunMetrics:
 
     def series(self, tag: str) -> tuple[list[Row], list[float]]:
         """The rows that have a finite value of `tag`, and the values."""
-        assert tag in TAGS, f"not in metrics/tags.py: {tag}"
         rows = [row for row in self.rows if math.isfinite(row.values.get(tag, math.nan))]
         return rows, [row.values[tag] for row in rows]
 
@@ -75,77 +72,22 @@ class RunMetrics:
 
 def read_rank_metrics(path: Path) -> list[Row]:
     """One rank's rows in ascending order, each step once."""
-    return [row for row in newest_first(path) if isinstance(row, Row)][::-1]
-
-
-def newest_first(path: Path) -> Iterator[Row | Start]:
-    """Rows and starts from the end of the file to its beginning, superseded ones left out.
-
-    A line counts if no later line is of an earlier step: an attempt that goes back makes later steps again. Lines of
-    one step become one row; a start comes after (in the file: before) the rows of its attempt.
-    """
-    row: Row | None = None
-    first_step: float = math.inf
-    for line in _lines_backwards(path):
-        found = parse_line(line)
-        if found is None or found["step"] > first_step:
-            continue
-        step, time_s = found.pop("step"), found.pop("time", math.nan)
-        first_step = step
-        if row is not None and (row.step != step or "event" in found):
-            yield row
-            row = None
-        if found.get("event") == "start":
-            yield Start(step, time_s, found.get("rank", 0), found.get("world_size", 1), found.get("host", "?"))
-        elif "event" not in found:
-            row = row or Row(step, time_s)
-            row.time_s = time_s
-            for tag, value in found.items():
-                row.values.setdefault(tag, value if isinstance(value, int | float) else math.nan)
-    if row is not None:
-        yield row
-
-
-def _lines_backwards(path: Path) -> Iterator[bytes]:
-    """Whole lines without their newline, last first. What follows the last newline is torn and left out."""
-    with path.open("rb") as file:
-        end = file.seek(0, 2)
-        rest: bytes | None = None  # the end of a line whose beginning lies in an earlier block
-        while end > 0:
-            start = max(0, end - _BLOCK_BYTES)
-            file.seek(start)
-            lines = file.read(end - start).split(b"\n")
-            end = start
-            if rest is not None:
-                lines[-1] += rest
-            elif len(lines) > 1:
-                lines.pop()
-            else:
-                continue  # no newline so far: all of it is torn
-            yield from reversed(lines[1:])
-            rest = lines[0]
-        if rest is not None:
-            yield rest
+    table = read_columns(path)
+    columns = {tag: (table.values_of(tag), table.there_of(tag)) for tag in table.tags()}
+    return _rows(table.steps, table.times_s, columns)
 
 
 def read_run(folder: RunFolder) -> RunMetrics:
     """All ranks of a run as one table. Raises CheckpointError where there are no metrics."""
-    paths = _rank_paths(folder)
-    merged = _Merge()
-    starts: list[Start] = []
-    ranks: list[RankFigures] = []
-    for rank, path in paths:
-        average = _RankAverage(RankFigures(rank))
-        for found in newest_first(path):
-            if isinstance(found, Row):
-                merged.add(found)
-                average.add(found)
-                continue
-            average.figures.host = found.host if average.figures.host == "?" else average.figures.host
-            if rank == paths[0][0]:
-                starts.append(found)
-        ranks.append(average.done())
-    return RunMetrics(merged.rows(), starts[::-1], ranks)
+    (lowest, path), *others = _rank_paths(folder)
+    first = _in_groups(read_columns(path))
+    merged = _Merge(first)
+    ranks = [_figures(lowest, first)]
+    for rank, path in others:
+        table = read_columns(path, first.keys)
+        ranks.append(_figures(rank, table))
+        merged.add(table)
+    return RunMetrics(_rows(merged.steps, merged.times_s, merged.columns()), first.starts, ranks)
 
 
 def _rank_paths(folder: RunFolder) -> list[tuple[int, Path]]:
@@ -160,31 +102,124 @@ def _rank_paths(folder: RunFolder) -> list[tuple[int, Path]]:
     return paths
 
 
+def _in_groups(table: RankTable) -> RankTable:
+    """The same with the tags in order of how ranks combine: what is done to a group is done to one slice."""
+    groups = [TAGS[key].combine if key in TAGS else "" for key in table.keys]
+    order = [0, 1, *sorted(range(2, len(groups)), key=lambda k: _GROUPS.index(groups[k]))]
+    keys = tuple(table.keys[k] for k in order)
+    return RankTable(table.steps, table.times_s, keys, table.values[:, order], table.there[:, order], table.starts)
+
+
 class _Merge:
-    """Combines rank after rank, as each tag's row of the table says."""
+    """Combines rank after rank, as each tag's row of the table says; tags of another version are left out, for nobody
+    knows how their ranks combine.
 
-    def __init__(self) -> None:
-        self._rows: dict[int, Row] = {}
-        self._means: dict[int, dict[str, int]] = {}
+    As long as all ranks wrote the same tags at the same steps, whole groups of columns are combined at once; from the
+    first that did not on, tag by tag.
+    """
 
-    def add(self, new: Row) -> None:
-        row = self._rows.setdefault(new.step, Row(new.step, new.time_s))
-        for tag, value in new.values.items():
-            if tag not in TAGS:  # of another version: nobody knows how its ranks combine
-                continue
-            if tag not in row.values:
-                row.values[tag] = value
-            elif TAGS[tag].combine == "sum":
-                row.values[tag] += value
-            elif TAGS[tag].combine == "max":
-                row.values[tag] = max(row.values[tag], value)
-            elif TAGS[tag].combine == "mean":
-                seen = self._means.setdefault(new.step, {})
-                seen[tag] = seen.get(tag, 1) + 1
-                row.values[tag] += (value - row.values[tag]) / seen[tag]
+    def __init__(self, first: RankTable) -> None:
+        self.steps, self.times_s = first.steps, first.times_s
+        self._first, self._values, self._count = first, first.values.copy(), 1
+        groups = [TAGS[key].combine if key in TAGS else "" for key in first.keys[2:]]
+        begin, self._slices = 2, dict[str, slice]()
+        for how in _GROUPS:
+            self._slices[how] = slice(begin, begin + groups.count(how))
+            begin += groups.count(how)
+        self._columns: dict[str, _Column] | None = None
+        """Of the way tag by tag."""
 
-    def rows(self) -> list[Row]:
-        return [self._rows[step] for step in sorted(self._rows)]
+    def add(self, table: RankTable) -> None:
+        if self._columns is None and self._is_alike(table):
+            self._count += 1
+            for how in ("mean", "sum", "max"):
+                part = self._slices[how]
+                self._values[:, part] = _combine(how, self._values[:, part], table.values[:, part], self._count)
+            return
+        if self._columns is None:
+            self._columns = self._by_tag()
+        if not np.array_equal(table.steps, self.steps):
+            self._add_steps(table)
+        places = np.searchsorted(self.steps, table.steps)
+        for tag in table.tags():
+            if tag in TAGS:
+                new = _spread(table.values_of(tag), table.there_of(tag), places, len(self.steps))
+                self._columns[tag] = _combined(TAGS[tag].combine, self._columns.get(tag), new)
+
+    def columns(self) -> dict[str, tuple[Floats, Mask]]:
+        columns = self._by_tag() if self._columns is None else self._columns
+        return {tag: (column.values, column.ranks > 0) for tag, column in columns.items()}
+
+    def _is_alike(self, table: RankTable) -> bool:
+        if table.keys != self._first.keys or not np.array_equal(table.steps, self.steps):
+            return False
+        first, other = self._slices["first"], slice(self._slices["mean"].start, self._slices["max"].stop)
+        there, known = table.there, self._first.there
+        return bool((there[:, other] == known[:, other]).all() and (there[:, first] <= known[:, first]).all())
+
+    def _by_tag(self) -> "dict[str, _Column]":
+        tags = [tag for tag in self._first.tags() if tag in TAGS]
+        places = {tag: self._first.keys.index(tag) for tag in tags}
+        there = self._first.there
+        return {
+            tag: _Column(self._values[:, k].copy(), there[:, k] * np.int64(self._count)) for tag, k in places.items()
+        }
+
+    def _add_steps(self, table: RankTable) -> None:
+        """Make room for steps that only `table` has."""
+        assert self._columns is not None
+        steps = np.union1d(self.steps, table.steps)
+        mine, theirs = np.searchsorted(steps, self.steps), np.searchsorted(steps, table.steps)
+        times_s = np.full(len(steps), math.nan)
+        times_s[theirs] = table.times_s
+        times_s[mine] = self.times_s
+        for tag, column in self._columns.items():
+            values, ranks = np.full(len(steps), math.nan), np.zeros(len(steps), np.int64)
+            values[mine], ranks[mine] = column.values, column.ranks
+            self._columns[tag] = _Column(values, ranks)
+        self.steps, self.times_s = steps, times_s
+
+
+@dataclass(slots=True)
+class _Column:
+    """One tag over all steps, and how many ranks have written each."""
+
+    values: Floats
+    ranks: Ints
+
+
+def _spread(values: Floats, there: Mask, places: Ints, count: int) -> _Column:
+    column = _Column(np.full(count, math.nan), np.zeros(count, np.int64))
+    column.values[places], column.ranks[places] = values, there
+    return column
+
+
+def _combined(how: str, old: _Column | None, new: _Column) -> _Column:
+    if old is None:
+        return new
+    ranks = old.ranks + new.ranks
+    both = _combine(how, old.values, new.values, np.maximum(ranks, 1))
+    return _Column(np.where(new.ranks == 0, old.values, np.where(old.ranks == 0, new.values, both)), ranks)
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def _combine(how: str, old: Floats, new: Floats, ranks: Ints | int) -> Floats:
+    """Values of the ranks so far with those of one more; `ranks` counts it."""
+    if how == "sum":
+        return old + new
+    if how == "max":
+        return np.where(new > old, new, old)
+    if how == "mean":
+        return old + (new - old) / ranks
+    return old
+
+
+def _rows(steps: Ints, times_s: Floats, columns: dict[str, tuple[Floats, Mask]]) -> list[Row]:
+    rows = [Row(step, time_s) for step, time_s in zip(steps.tolist(), times_s.tolist(), strict=True)]
+    for tag, (values, there) in columns.items():
+        for k in np.flatnonzero(there).tolist():
+            rows[k].values[tag] = values.item(k)
+    return rows
 
 
 def is_steady(row: Row) -> bool:
@@ -192,32 +227,48 @@ def is_steady(row: Row) -> bool:
     return row.values.get("train/epoch", 0.0) > 1
 
 
-class _RankAverage:
+@np.errstate(over="ignore", invalid="ignore")
+def _figures(rank: int, table: RankTable) -> RankFigures:
     """Means of one rank, weighted so that rates are images over time and shares are time over time."""
-
-    def __init__(self, figures: RankFigures) -> None:
-        self.figures = figures
-        self._cold, self._steady = Stretch(), Stretch()
-
-    def add(self, row: Row) -> None:
-        values, figures = row.values, self.figures
-        figures.last_step = max(figures.last_step, row.step)
-        figures.rss_gib = _larger(figures.rss_gib, values.get("memory/rss_gib"))
-        figures.device_gib = _larger(figures.device_gib, values.get("memory/device_gib"))
-        if "time/step_s" in values and "throughput/images_per_s_rank" in values:
-            # A line stands for equally many steps, so one step of it stands for all.
-            seconds = values["time/step_s"]
-            images = values["throughput/images_per_s_rank"] * seconds
-            wait_s = values.get("time/data_wait_share", 0.0) * seconds
-            (self._steady if is_steady(row) else self._cold).add(images, seconds, wait_s)
-
-    def done(self) -> RankFigures:
-        found = self._steady if self._steady.steps else self._cold
-        if found.steps:
-            self.figures.images_per_s = found.images_per_s
-            self.figures.data_wait_share = found.data_wait_share
-        return self.figures
+    figures = RankFigures(rank, host=table.starts[-1].host if table.starts else "?")
+    figures.last_step = int(table.steps[-1]) if len(table.steps) else 0
+    figures.rss_gib = _largest(table, "memory/rss_gib")
+    figures.device_gib = _largest(table, "memory/device_gib")
+    step_s, rate = _values(table, "time/step_s"), _values(table, "throughput/images_per_s_rank")
+    timed = np.isfinite(step_s) & np.isfinite(rate)
+    steady = timed & (_values(table, "train/epoch") > 1)
+    chosen = steady if steady.any() else timed
+    # A line stands for equally many steps, so one step of it stands for all.
+    seconds = float(step_s[chosen].sum())
+    if seconds > 0:
+        figures.images_per_s = float((rate * step_s)[chosen].sum()) / seconds
+        figures.data_wait_share = _sum(_values(table, "time/data_wait_share") * step_s, chosen) / seconds
+        figures.step_s = seconds / int(chosen.sum())
+        means = {}
+        for phase in PHASES:
+            values = _values(table, f"time/{phase}_s")
+            if (there := chosen & np.isfinite(values)).any():
+                means[phase] = float(values[there].mean())
+        figures.phase_s = split_phases(means)
+    return figures
 
 
-def _larger(known: float, value: float | None) -> float:
-    return known if value is None else value if math.isnan(known) else max(known, value)
+def split_phases(means_s: Mapping[str, float]) -> dict[str, float]:
+    """Parts that add up to a step: backward without the wait for other ranks."""
+    parts = dict(means_s)
+    if "backward" in parts:
+        parts["backward"] = max(0.0, parts["backward"] - parts.get("allreduce", 0.0))
+    return parts
+
+
+def _values(table: RankTable, tag: str) -> Floats:
+    return table.values_of(tag) if tag in table.keys else np.full(len(table.steps), math.nan)
+
+
+def _sum(values: Floats, chosen: Mask) -> float:
+    return float(np.nan_to_num(values[chosen]).sum())
+
+
+def _largest(table: RankTable, tag: str) -> float:
+    values = _values(table, tag)
+    return float(np.fmax.reduce(values, initial=math.nan))

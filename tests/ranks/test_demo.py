@@ -75,3 +75,10 @@ def test_tools_read_the_run_back(demo: tuple[Path, str, float], tmp_path: Path) 
     top1 = json.loads((folder / "summary.json").read_text())["top1"]
     assert f"| top-1 | {top1:.2f} % at step 198" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "report.png").stat().st_size > 10_000
+    found = json.loads(run("tools.report_run", str(folder), "--json", "--html", str(tmp_path / "report.html")))["runs"][
+        0
+    ]
+    assert (found["ranks"], found["last_step"], found["top1"]) == (2, 198, pytest.approx(top1))
+    assert sum(found["goodput"]["parts_rank_s"].values()) == pytest.approx(found["goodput"]["allocated_rank_s"])
+    assert found["expected_top1"] == 99.15
+    assert "<svg" in (tmp_path / "report.html").read_text()

@@ -20,6 +20,7 @@ from launch.records import JobRecord, newest_step, read_record
 from tests.fault_table import note
 from tests.ranks.test_train import CONFIG, curve, weights
 from tests.unit.launch.cases import ROOT, wait_until
+from tools._run_facts import read_facts
 
 pytestmark = pytest.mark.ranks
 
@@ -160,6 +161,21 @@ def test_killed_hung_and_stopped_it_is_the_same_run(run: Run, uninterrupted: Run
     run.start()
     assert run.ended() == 0
     same_as(run, uninterrupted)
+    goodput_is_accounted_for(run)
+
+
+def goodput_is_accounted_for(run: Run) -> None:
+    """Of the chain above: what was allocated adds up, and next to nothing of it is without a name."""
+    found = read_facts(run.folder.root).goodput
+    assert found is not None
+    records = [read_record(path) for path in run.folder.jobs.glob("local-*.json")]
+    spans = [datetime.fromisoformat(r.end or "") - datetime.fromisoformat(r.start) for r in records if r is not None]
+    assert found.allocated == pytest.approx(2 * sum(span.total_seconds() for span in spans))
+    assert sum(found.parts.values()) == pytest.approx(found.allocated)
+    assert found.failures == 2
+    for part in ("training", "evaluation", "saves", "start-up", "restarts", "lost steps", "hang", "shut-down"):
+        assert found.parts[part] > 0, part
+    assert found.share_of("other") < 0.05
 
 
 @pytest.mark.skipif(not RANDOM_STOPS, reason="only for the table: II_DIST_RANDOM_STOPS=20 (make fault-table)")

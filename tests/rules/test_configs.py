@@ -25,6 +25,10 @@ def test_config_loads_and_says_how_to_run_it(path: Path) -> None:
         assert f"configs/{path.parent.name}/{path.name}" in header[1]
         assert re.search(r"^# top-1: (\d+\.\d+ %|not yet measured)", header[1], re.MULTILINE)
         assert cfg.name != "unnamed"
+        stated = re.search(
+            r"^# top-1: (?:not yet measured[^:]*; published[^:]*: |)(?:plain )?(\d+\.\d+) %", header[1], re.MULTILINE
+        )
+        assert cfg.expected_top1 == (float(stated[1]) if stated else 0.0)
 
 
 def test_there_are_run_files_with_names_of_their_own() -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from ii_dist.config import CheckpointError, RunFolder
-from ii_dist.metrics import make_boards, read_rank_metrics, read_run
-from ii_dist.metrics import read as read_module
+from ii_dist.metrics import columns, make_boards, read_rank_metrics, read_run
 from ii_dist.metrics.boards import Board
 
 
@@ -55,7 +54,7 @@ def test_blocks_and_tails_change_nothing(
     path = tmp_path / "rank_00000.jsonl"
     write_lines(path, *({"step": s, "time": 0.0, "train/loss": s / 3} for s in range(1, 30)))
     path.write_bytes(path.read_bytes() + tail)
-    monkeypatch.setattr(read_module, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(columns, "_BLOCK_BYTES", block)
     assert losses(path) == [(s, s / 3) for s in range(1, 30)]
 
 

@@ -170,7 +170,7 @@ def test_running_time_leaves_the_gaps_between_attempts_out(tmp_path: Path) -> No
     lines = [json.dumps({"step": s, "time": t, **more}) for s, t, more in events]
     folder.rank_metrics(0).write_text("\n".join(lines) + "\n")
     facts = read_facts(tmp_path)
-    assert facts.elapsed_s() == [30.0, 50.0, 90.0]
+    assert facts.elapsed_s == [30.0, 50.0, 90.0]
     assert facts.running_s == 90.0
     assert facts.restart_steps() == [20]
 
