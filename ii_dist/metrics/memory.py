@@ -1,5 +1,7 @@
 """Memory of this process. In: its device. Out: the memory tags; asks the device for nothing that waits."""
 
+import functools
+import os
 import resource
 
 import torch
@@ -18,7 +20,12 @@ def memory_tags(device: torch.device) -> dict[str, float]:
 
 def _rss_bytes() -> int:
     try:
-        with open(_STATM, "rb", buffering=0) as file:  # noqa: PTH123  (a third of the time of Path.read_text)
-            return int(file.read().split()[1]) * resource.getpagesize()
+        return int(os.pread(_statm(), 128, 0).split()[1]) * resource.getpagesize()
     except OSError:  # no /proc: the peak is the next best
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@functools.cache
+def _statm() -> int:
+    """Kept open: opening it costs ten times as much as reading it."""
+    return os.open(_STATM, os.O_RDONLY | os.O_CLOEXEC)

@@ -36,10 +36,6 @@ class PhaseReading:
         """Seconds a step by phase, in the order of a step; they add up to it. Empty where nothing was measured."""
         return {phase: self.mean_s(phase) for phase in TOLD} if self.steps else {}
 
-    def plus(self, other: "PhaseReading") -> "PhaseReading":
-        sums_s = {p: self.sums_s.get(p, 0.0) + other.sums_s.get(p, 0.0) for p in (*self.sums_s, *other.sums_s)}
-        return PhaseReading(self.steps + other.steps, sums_s)
-
 
 class Stamps(Protocol):
     """A kind of time: the host's or a device's."""
@@ -105,7 +101,7 @@ class PhaseTimer(Phases):
         self._index = 0  # of the step within its line
         self._borders: list[tuple[Phase, Any]] = []
         self._pending: list[list[tuple[Phase, Any]]] = []
-        self._total = PhaseReading()
+        self._total_steps, self._total_s = 0, dict[Phase, float]()
 
     def begin(self, phase: Phase) -> None:
         if self.sampling:
@@ -132,14 +128,15 @@ class PhaseTimer(Phases):
         while self._pending and self._stamps.passed(self._pending[0][-1][1]):
             self._add_up(self._pending.pop(0), sums_s)
             steps += 1
-        reading = PhaseReading(steps, sums_s)
-        self._total = self._total.plus(reading)
+        self._total_steps += steps
+        for phase, seconds in sums_s.items():
+            self._total_s[phase] = self._total_s.get(phase, 0.0) + seconds
         self._index = 0
-        return reading
+        return PhaseReading(steps, sums_s)
 
     def total(self) -> PhaseReading:
         """Of all steps read so far."""
-        return self._total
+        return PhaseReading(self._total_steps, dict(self._total_s))
 
     def _decide(self) -> None:
         # The middle of each stretch: the first step after a line may find a device that had run empty.

@@ -114,7 +114,8 @@ def test_measuring_phases_asks_the_device_nothing() -> None:
     assert means.read()["steps"] == 8
     late = clock.read()
     assert early.phases.steps + late.phases.steps == 8
-    seconds = late.phases.plus(early.phases).means_s()
+    assert late.phases.steps >= 4
+    seconds = late.phases.means_s()
     assert all(seconds[phase] > 0 for phase in ("copy", "forward", "backward", "optimizer"))
     assert sum(seconds.values()) == pytest.approx((early.stretch.seconds + late.stretch.seconds) / 8, rel=0.5)
 
