@@ -4,6 +4,7 @@ In: steps and values of rank 0. Out: ``step 150/1,320  epoch 6.8  loss 0.412  to
 terminal that is narrower than the line, what matters least is left out; log records go above the line.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -121,7 +122,8 @@ class _Act(logging.Handler):
         self._act = act
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._act()
+        with contextlib.suppress(OSError, ValueError):  # a terminal that has gone does not end what writes a record
+            self._act()
 
 
 def fit(words: Sequence[tuple[int, str]], columns: int) -> str:

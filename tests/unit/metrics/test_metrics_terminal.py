@@ -71,6 +71,13 @@ def terminal() -> Iterator[Terminal]:
     made.close()
 
 
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    before = logging.getLogger().handlers[:]
+    yield
+    logging.getLogger().handlers[:] = before
+
+
 @pytest.fixture
 def _log_to_terminal(terminal: Terminal) -> Iterator[None]:
     """The log goes to the terminal, as stderr does."""
@@ -123,6 +130,14 @@ def test_log_records_go_above_the_line_and_leave_it_whole(terminal: Terminal) ->
         "",
     ]
     assert logging.getLogger().handlers == before  # what the board added is gone
+
+
+def test_a_terminal_that_has_gone_does_not_end_who_logs() -> None:
+    gone = Terminal(80)
+    board = board_on(gone)
+    board.write(10, TRAIN)
+    gone.close()
+    logging.getLogger("ii_dist.somewhere").warning("still here")
 
 
 def test_a_narrow_terminal_shows_what_matters_most(terminal: Terminal) -> None:
