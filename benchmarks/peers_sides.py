@@ -290,6 +290,9 @@ class _LossBoard:
     def text(self, tag: str, text: str) -> None:
         self._board.text(tag, text)
 
+    def pictures(self, step: int, pngs: Mapping[str, bytes]) -> None:
+        self._board.pictures(step, pngs)
+
     def close(self) -> None:
         self._board.close()
 
