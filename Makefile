@@ -1,4 +1,4 @@
-# make setup | demo | test | check | bench | study-gates | gpu-check | fault-table
+# make setup | demo | test | check | bench | bench-peers | study-gates | gpu-check | fault-table
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Both set up first.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DATA := data/digits
 
-.PHONY: setup demo test check bench study-gates gpu-check fault-table clean
+.PHONY: setup demo test check bench bench-peers study-gates gpu-check fault-table clean
 
 setup: $(VENV)/.setup-done
 
@@ -36,6 +36,10 @@ study-gates: setup
 bench: setup
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[bench]'
 	$(BIN)/python -m benchmarks.run_all
+
+# The same training by timm's script, torchvision's reference and ii_dist, in turns. About twenty minutes.
+bench-peers: setup
+	$(BIN)/python -m benchmarks.peers
 
 # What faults cost: real processes killed and hung, a real SLURM (see tests/slurm). About a quarter of an hour.
 fault-table: setup

@@ -271,6 +271,10 @@ class MetricsConfig(Slice):
     """Epochs between pictures of the pseudo-images and factors of the gates, in TensorBoard, drawn by rank 0 at the
     first evaluation after them and at the last one, for four of its evaluation images; 0 = never. Networks without
     gates and compiled ones have none."""
+    machine: str = "auto"
+    """What MFU and the share of the roofline are measured against: auto = the peaks of this GPU in the table of
+    `ii_dist.metrics.peaks` (on a CPU nothing), the name of a GPU there, such as H100, a file of
+    `python -m tools.measure_machine` that ends in .json, or none = leave both out."""
 
 
 class RunConfig(Slice):

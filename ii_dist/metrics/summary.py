@@ -40,6 +40,11 @@ class Summary:
     """Name of the folder below checkpoints/."""
     phases_s: dict[str, float] = dataclasses.field(default_factory=dict)
     """Seconds a step on rank 0 by phase, mean of the measured steps; without those that writing numbers took."""
+    mfu_share: float | None = None
+    roofline_share: float | None = None
+    """Of the machine's peaks; None where they are not known. They and `bound` are younger than other fields."""
+    bound: str = ""
+    """What holds the network at the roofline: arithmetic or memory."""
 
 
 def write_summary(folder: RunFolder, summary: Summary) -> None:
@@ -76,6 +81,7 @@ def format_summary(folder: RunFolder, summary: Summary) -> str:
     rows = [
         ("top-1", _accuracy(summary)),
         ("images/s", f"{in_words_rate(summary.images_per_s)} on {ranks} ({summary.device}), steady"),
+        *_machine(summary),
         ("data wait", f"{in_words_share(summary.data_wait_share)} of the training time"),
         *([("a step", _phases(summary.phases_s))] if summary.phases_s else []),
         ("trained", f"{summary.steps:,} of {summary.total_steps:,} steps, {summary.epochs:.4g} epochs"),
@@ -84,6 +90,13 @@ def format_summary(folder: RunFolder, summary: Summary) -> str:
     ]
     title = f"{folder.root.name}: {done} after {in_words_s(summary.seconds)}"
     return "\n".join([title, *(f"  {name:<11}{value}" for name, value in rows)])
+
+
+def _machine(summary: Summary) -> list[tuple[str, str]]:
+    if summary.mfu_share is None or summary.roofline_share is None:
+        return []
+    shares = f"MFU {in_words_share(summary.mfu_share)}, {in_words_share(summary.roofline_share)} of the roofline"
+    return [("machine", f"{shares} ({summary.bound} bound)")]
 
 
 def _accuracy(summary: Summary) -> str:

@@ -57,6 +57,18 @@ _ROWS = (
     Tag(
         "throughput/images_per_s_rank", "images/s", "sum", "One rank: its training images over its training wall time."
     ),
+    Tag(
+        "throughput/mfu_share",
+        "share",
+        "first",
+        "Arithmetic of the network (6 operations a multiply-add) over the peak arithmetic of all ranks.",
+    ),
+    Tag(
+        "throughput/roofline_share",
+        "share",
+        "first",
+        "Least time that arithmetic and memory allow a step, over the time that it took.",
+    ),
     Tag("time/step_s", "s", "mean", "Wall time of a step, mean since the last line."),
     Tag("time/step_p50_s", "s", "mean", "Wall time of a step, median since the last line."),
     Tag("time/step_p99_s", "s", "max", "Wall time of a step, 99th percentile since the last line."),

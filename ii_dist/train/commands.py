@@ -138,6 +138,9 @@ def _sum_up(run: Session, seconds: float) -> str:
         device=device,
         newest_checkpoint=run.folder.step(run.saved_step).name if run.saved_step else None,
         phases_s=totals.phases.means_s(),
+        mfu_share=run.efficiency.mfu_share if run.efficiency else None,
+        roofline_share=run.efficiency.roofline_share if run.efficiency else None,
+        bound=run.efficiency.bound if run.efficiency else "",
     )
     write_summary(run.folder, summary)
     return format_summary(run.folder, summary)

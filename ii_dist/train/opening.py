@@ -45,6 +45,7 @@ from ii_dist.runtime.stop import StopRequest, StopVote
 from ii_dist.runtime.world import tell_libraries
 from ii_dist.train.agree import on_rank0
 from ii_dist.train.bad_files import BadFileLedger
+from ii_dist.train.efficiency import open_efficiency
 from ii_dist.train.fitting import fitting_plan
 from ii_dist.train.in_words import run_in_words
 from ii_dist.train.pictures import Pictures
@@ -87,6 +88,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: Sequence[
         resumed_step = start.step if start is not None else 0
         board = _open_board(cfg, plan, world, folder, resumed_step, stack)
         _tell_start(cfg, plan, device, start, board)
+        efficiency = open_efficiency(cfg, plan, world, device)
         ledger = stack.enter_context(BadFileLedger(cfg, plan, folder, resumed_step, train_source))
         saver = _make_saver(cfg, plan, world, folder, lease, index.sha256 if index else "", stack)
         ballot, watchdog = _open_guards(cfg, stop, stack)
@@ -112,6 +114,7 @@ def open_session(cfg: RunConfig, plan: Plan, world: World, new_config: Sequence[
             heart=heart,
             ballot=ballot,
             results=results,
+            efficiency=efficiency,
             saved_step=resumed_step,
         )
 

@@ -24,6 +24,7 @@ from ii_dist.runtime.group import sum_over_ranks
 from ii_dist.runtime.heartbeat import Phase
 from ii_dist.runtime.stop import StopVote
 from ii_dist.train.bad_files import BadFileLedger, count_left_out, refuse_many
+from ii_dist.train.efficiency import Efficiency
 from ii_dist.train.evaluate import evaluate
 from ii_dist.train.pictures import Pictures
 from ii_dist.train.traces import Traces
@@ -66,6 +67,8 @@ class Session:
     heart: Heartbeat
     ballot: StopVote
     results: Results
+    efficiency: Efficiency | None = None
+    """Of rank 0, where the machine's peaks are known."""
     saved_step: int = 0
     stopping: bool = False
 
@@ -104,6 +107,8 @@ class Session:
         means = self.means.read(reduce=True)
         with self.clock.logging():
             tags = train_tags(means) | self._figures(step) | memory_tags(self.device) | self.machine.tags()
+            if self.efficiency is not None:
+                tags |= self.efficiency.tags(step, tags.get("throughput/images_per_s", 0.0))
             tags["train/epoch"] = step / self.plan.steps_per_epoch
             tags["train/learning_rate"] = learning_rate(step - 1, self.cfg.optim, self.plan)
             self._report_saves(self.saver.poll(), tags)
