@@ -147,12 +147,14 @@ def _submission(args: argparse.Namespace, rest: Sequence[str]) -> Submission:
 
 
 def _cancel(args: argparse.Namespace) -> int:
-    done = cancel.cancel_all(status.find_runs(args.run, args.runs_folder), live_jobs(), args.save)
+    done, errors = cancel.cancel_all(status.find_runs(args.run, args.runs_folder), live_jobs(), args.save)
     if args.json:
         print(json.dumps({"cancelled": [{"job": each.job, "how": each.how} for each in done]}))
-    else:
+    elif done or not errors:
         print("\n".join(f"job {each.job}: {each.how}" for each in done) or "no job of this run waits or runs")
-    return EXIT_DONE
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return errors[-1].exit_code if errors else EXIT_DONE
 
 
 def _status(args: argparse.Namespace) -> int:

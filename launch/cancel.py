@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ii_dist.config import ClusterError, RunFolder
+from ii_dist.config import ClusterError, RunFolder, UserError
 from launch.history import read_attempts
 from launch.owner import its_job_has_gone, jobs_of, last_submitted, local_job_lives, read_lease
 from launch.processes import started_ticks
@@ -34,10 +34,21 @@ class Cancelled:
     how: str
 
 
-def cancel_all(folders: Sequence[RunFolder], live: Sequence[LiveJob] | None, save: bool) -> list[Cancelled]:
-    """End the jobs of several runs. Those that wait come first: of a job array, they would start in freed places."""
-    waiting_first = sorted(folders, key=lambda folder: not any(job.waits for job in jobs_of(folder, live)))
-    return [done for folder in waiting_first for done in cancel(folder, live, save)]
+def cancel_all(
+    folders: Sequence[RunFolder], live: Sequence[LiveJob] | None, save: bool
+) -> tuple[list[Cancelled], list[UserError]]:
+    """End the jobs of several runs; what could not be done to one does not keep the others.
+
+    Those that wait come first: elements of an array would start in places that become free.
+    """
+    done: list[Cancelled] = []
+    errors: list[UserError] = []
+    for folder in sorted(folders, key=lambda folder: not any(job.waits for job in jobs_of(folder, live))):
+        try:
+            done += cancel(folder, live, save)
+        except UserError as error:
+            errors.append(error)
+    return done, errors
 
 
 def cancel(folder: RunFolder, live: Sequence[LiveJob] | None, save: bool) -> list[Cancelled]:

@@ -57,19 +57,12 @@ class Sweep:
         return (self.folder.root.parent, *dict.fromkeys(root for root in roots if root.is_absolute()))
 
     def sbatch_parameters(self) -> slurm.Parameters:
-        """Parameters of one element, the same for all. Raises ConfigError where two runs would need different jobs."""
+        """Parameters of one element: the same for all, for keys of `launch` cannot be swept over."""
         slurm.check_folder(self.folder.root)
-        first, *others = [
-            slurm.sbatch_parameters(run.cfg.model_copy(update={"name": self.name}), run.ranks_per_node, self.mounts)
-            for run in self.runs
-        ]
-        for run, asked in zip(self.runs[1:], others, strict=True):
-            if unlike := [key for key in asked.keys() | first.keys() if asked.get(key) != first.get(key)]:
-                raise ConfigError(
-                    f"--sweep: {self.runs[0].cfg.name} and {run.cfg.name} need jobs of different {min(unlike)};"
-                    " submit one sweep for each"
-                )
-        return first | {"array_parallelism": self.parallel}
+        first = self.runs[0]
+        cfg = first.cfg.model_copy(update={"name": self.name})
+        parameters = slurm.sbatch_parameters(cfg, first.ranks_per_node, self.mounts)
+        return parameters | {"array_parallelism": self.parallel}
 
     def python_words(self, code: Path) -> slurm.Words:
         return slurm.python_words(self.runs[0].cfg, python_variables(code, os.environ), self.mounts)
