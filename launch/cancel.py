@@ -76,7 +76,9 @@ def _cancel_slurm(folder: RunFolder, job: LiveJob, save: bool) -> Cancelled:
     if job.waits or not save:
         _scancel([job.job])
         return Cancelled(job.job, "taken out of the queue" if job.waits else "ended")
-    _scancel(["--signal=USR2", job.job])  # to the step, where the supervisors are: the batch shell would die of it
+    # To the step, where the supervisors are: the batch shell would die of it. An element's step is named: while other
+    # elements wait, SLURM 22.05 signals one that goes by its own name again and again, and then says that it cannot.
+    _scancel(["--signal=USR2", f"{job.job}.0" if "_" in job.job else job.job])
     return Cancelled(job.job, "asked to save and leave")
 
 

@@ -230,7 +230,7 @@ def supervisor_log(folder: RunFolder, job: str) -> Path:
 
 _REASONS = {
     "Resources": "no nodes are free (Resources)",
-    "JobArrayTaskLimit": "as many runs of the sweep run as its --parallel allows (JobArrayTaskLimit)",
+    "JobArrayTaskLimit": "--parallel runs of the sweep run already (JobArrayTaskLimit)",
     "Priority": "other jobs come first (Priority)",
     "BeginTime": "SLURM starts a requeued job after a moment (BeginTime)",
     "Dependency": "another job must end first (Dependency)",

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ from launch.submit import Submission, submit_run
 from launch.submitted import read_submitted
 from launch.why import why
 from tests.slurm.conftest import start_now
-from tests.slurm.test_slurm_jobs import STAND_IN
+from tests.slurm.test_slurm_jobs import STAND_IN, Submitted
 from tests.slurm.test_slurm_run import CONFIG
 from tests.unit.launch.cases import ROOT, Plan, wait_until
 
@@ -93,6 +95,8 @@ def test_each_element_is_a_run_of_its_own(
     array = jobs[0].partition("_")[0]
     assert jobs == [f"{array}_{element}" for element in range(3)]
     assert [row["seed"] for row in rows] == ["0", "1", "2"]
+    shared = swept.root / "trial.sweep"
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (shared, shared / "jobs" / "submitit")} == {0o700}
 
     environs = [swept.ready(number, jobs[number]) for number in (0, 1)]
     assert [environ["II_DIST_JOB"] for environ in environs] == jobs[:2]
@@ -103,7 +107,7 @@ def test_each_element_is_a_run_of_its_own(
         ("trial-seed_1", jobs[1], "starting"),
         ("trial-seed_2", jobs[2], "queued"),
     ]
-    assert "--parallel allows (JobArrayTaskLimit)" in shown[2].why
+    assert "(JobArrayTaskLimit)" in shown[2].why
 
     done = cancel.cancel(swept.folders[2], scheduler.live_jobs(), save=True)
     assert done == [cancel.Cancelled(jobs[2], "taken out of the queue")]
@@ -118,6 +122,7 @@ def test_each_element_is_a_run_of_its_own(
         return swept.record(0, jobs[0]).ended_as == "finished"
 
     wait_until(again)
+    wait_until(lambda: not scheduler.may_go_on(jobs[0]))
     record = swept.record(0, jobs[0])
     assert (record.attempt, record.exit_code, len(record.earlier)) == (1, 0, 1)
     assert (record.earlier[0]["exit_code"], record.earlier[0]["asked"]) == (75, "SIGUSR2")
@@ -137,19 +142,25 @@ def test_a_sweep_submitted_again_leaves_live_runs_alone_and_an_element_goes_on_a
 ) -> None:
     swept = Swept(tmp_path, monkeypatch, capsys, {"0": "tell:polite"})
     jobs = [row["job"] for row in swept.submit(parallel=1)[1]]
-    environ = swept.ready(0, jobs[0])
-    for number in (1, 2):
-        cancel.cancel(swept.folders[number], scheduler.live_jobs(), save=False)
+    swept.ready(0, jobs[0])
+    for number, how in (
+        (0, "asked to save and leave"),
+        (2, "taken out of the queue"),
+    ):  # two wait while one is signalled
+        done = cancel.cancel(swept.folders[number], scheduler.live_jobs(), save=True)
+        assert done == [cancel.Cancelled(jobs[number], how)]
+    environ = swept.ready(1, jobs[1])
+    assert (swept.record(0, jobs[0]).exit_code, swept.record(0, jobs[0]).ended_as) == (75, "stopped")
 
     code, rows, said = swept.submit(parallel=None)
     assert code == 5
-    assert [row["state"] for row in rows] == ["refused", "submitted", "submitted"]
-    assert rows[0]["job"] == jobs[0]
-    assert f"{swept.folders[0].root}: has job {jobs[0]} (running, submitted " in said
+    assert [row["state"] for row in rows] == ["submitted", "refused", "submitted"]
+    assert rows[1]["job"] == jobs[1]
+    assert f"{swept.folders[1].root}: has job {jobs[1]} (running, submitted " in said
     assert said.count("\n") == 1
     second = [row["job"] for row in rows]
-    assert [job.partition("_")[2] for job in second[1:]] == ["0", "1"]
-    ports = {swept.ready(number, second[number])["MASTER_PORT"] for number in (1, 2)} | {environ["MASTER_PORT"]}
+    assert [second[number].partition("_")[2] for number in (0, 2)] == ["0", "1"]
+    ports = {swept.ready(number, second[number])["MASTER_PORT"] for number in (0, 2)} | {environ["MASTER_PORT"]}
     assert len(ports) == 3
 
     subprocess.run(["scontrol", "update", f"jobid={second[2]}", "requeue=0"], check=True)
@@ -162,9 +173,20 @@ def test_a_sweep_submitted_again_leaves_live_runs_alone_and_an_element_goes_on_a
     assert [entry.job for entry in read_submitted(swept.folders[2])] == [jobs[2], second[2], new]
 
     ended, _ = cancel.cancel_all(find_runs("trial.sweep", swept.root), scheduler.live_jobs(), save=True)
-    assert {each.job for each in ended} == {jobs[0], second[1], new}
-    wait_until(lambda: not any(scheduler.may_go_on(job) for job in (jobs[0], second[1], new)))
+    assert {each.job for each in ended} == {second[0], jobs[1], new}
+    wait_until(lambda: not any(scheduler.may_go_on(job) for job in (second[0], jobs[1], new)))
     assert [each.state for each in swept.status()] == ["stopped"] * 3
+
+
+def test_a_job_submitted_from_inside_an_array_is_none_of_its_elements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sbatch hands on the variables of the job that it is called in."""
+    for name, value in (("JOB_ID", "9999"), ("TASK_ID", "7"), ("TASK_COUNT", "8")):
+        monkeypatch.setenv(f"SLURM_ARRAY_{name}", value)
+    job = Submitted(tmp_path, {"0": "exit:0", "1": "exit:0"}, "inside")
+    assert os.environ["SLURM_ARRAY_TASK_ID"] == "7"
+    assert job.ended().exit_code == 0
 
 
 def test_a_sweep_as_a_user_types_it(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_what_an_element_does(sweep: MadeSweep) -> None:
     run = sweep.runs[1]
     waiting = told(run, sweep.live(0), sweep.live(1, "PENDING", reason="JobArrayTaskLimit"))
     assert (waiting.state, waiting.job) == ("queued", "12_1")
-    assert "--parallel allows" in waiting.why
+    assert waiting.why == "--parallel runs of the sweep run already (JobArrayTaskLimit)"
     assert told(run, sweep.live(1)).state == "starting"
     run.record("12_1")
     run.numbers(10)
@@ -138,7 +138,7 @@ def test_of_a_sweep_those_that_wait_are_cancelled_first_each_by_its_own_name(
     live = [sweep.live(0), sweep.live(1, "PENDING")]
     done, errors = cancel.cancel_all([run.folder for run in sweep.runs], live, save=True)
     assert ([each.job for each in done], errors) == (["12_1", "12_0"], [])
-    assert said.read_text().splitlines() == ["12_1", "--signal=USR2 12_0"]
+    assert said.read_text().splitlines() == ["12_1", "--signal=USR2 12_0.0"]
     for number, run in enumerate(sweep.runs):
         assert cancel_path(run.folder, f"12_{number}").is_file()
 
