@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ CLUSTER = ROOT / "configs" / "clusters" / "slurm_test.yaml"
 
 
 @pytest.fixture(autouse=True)
-def from_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+def from_the_checkout(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(ROOT)
+    yield
+    subprocess.run(["scancel", "--name=trial"], check=False)  # what a failed test leaves is in nobody's way
 
 
 class Swept:
@@ -152,6 +155,8 @@ def test_a_sweep_submitted_again_leaves_live_runs_alone_and_an_element_goes_on_a
     environ = swept.ready(1, jobs[1])
     assert (swept.record(0, jobs[0]).exit_code, swept.record(0, jobs[0]).ended_as) == (75, "stopped")
 
+    wait_until(lambda: not scheduler.may_go_on(jobs[0]))  # its nodes may still be cleaned up
+
     code, rows, said = swept.submit(parallel=None)
     assert code == 5
     assert [row["state"] for row in rows] == ["submitted", "refused", "submitted"]
@@ -169,6 +174,7 @@ def test_a_sweep_submitted_again_leaves_live_runs_alone_and_an_element_goes_on_a
     new = swept.record(2, second[2]).requeued.removeprefix("job ")
     assert new.partition("_")[2] == "1"  # the same element of a new array
     swept.ready(2, new)
+    wait_until(lambda: not scheduler.may_go_on(second[2]))
     assert swept.status()[2].job == new
     assert [entry.job for entry in read_submitted(swept.folders[2])] == [jobs[2], second[2], new]
 
