@@ -6,7 +6,8 @@ A run is a chain of jobs: `status`, `logs`, `cancel` and `why` speak of the run.
 
 Asking for nodes:
     __main__    the command line
-    submit      config > run folder > job; sweep: several of them
+    submit      config > run folder > job
+    sweep       several runs from one config; job_array: them as one job array
     planned     one run that is about to be submitted
     account     what it will cost (`--dry-run`); weights: the size of its checkpoints
     folder      what a submission writes into the run folder; snapshot: the code that its jobs run

@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     shown = commands.add_parser(
         "status", help="what runs do: step, speed, time left, newest checkpoint, why they stand"
     )
-    shown.add_argument("runs", nargs="*", metavar="RUN", help="run folders or names; all below --runs-folder")
+    shown.add_argument("runs", nargs="*", metavar="RUN", help="folders or names of runs or sweeps; all there are")
     _common(shown)
     printed = commands.add_parser("logs", help="what ranks have printed, of one rank or of all in the order of time")
     printed.add_argument("run", metavar="RUN", help="run folder or name")
@@ -46,8 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     printed.add_argument("--lines", type=int, default=40, metavar="N", help="the last N (default: 40); 0 = all")
     _common(printed)
-    ended = commands.add_parser("cancel", help="end a run's jobs; nothing goes on by itself then")
-    ended.add_argument("run", metavar="RUN", help="run folder or name")
+    ended = commands.add_parser("cancel", help="end the jobs of a run or a sweep; nothing goes on by itself then")
+    ended.add_argument("run", metavar="RUN", help="folder or name of a run, or of a sweep: all of its runs")
     ended.add_argument("--save", action="store_true", help="let it save its step first")
     _common(ended)
     asked = commands.add_parser("why", help="why a run is not training, and what to do")
@@ -74,8 +74,9 @@ def _add_submit(commands: Commands) -> None:
         nargs="+",
         default=(),
         metavar="key=a,b",
-        help="a run for every combination of these values, each in a folder of its own",
+        help="a run for every combination of these values, each in a folder of its own; on SLURM one job array",
     )
+    submit.add_argument("--parallel", type=int, metavar="N", help="at most N runs of the sweep at once (default: all)")
     submit.add_argument("--dry-run", action="store_true", help="print what would be submitted and its plan, do nothing")
     submit.add_argument(
         "--follow",
@@ -119,16 +120,11 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         return submit_run(_submission(args, rest), os.environ)
     if args.command == "status":
         return _status(args)
+    if args.command == "cancel":
+        return _cancel(args)
     folder = status.find_run(args.run, args.runs_folder)
     if args.command == "logs":
         return _logs(folder, args)
-    if args.command == "cancel":
-        done = cancel.cancel(folder, live_jobs(), args.save)
-        if args.json:
-            print(json.dumps({"cancelled": [{"job": each.job, "how": each.how} for each in done]}))
-        else:
-            print("\n".join(f"job {each.job}: {each.how}" for each in done) or "no job of this run waits or runs")
-        return EXIT_DONE
     cause = why.why(folder, live_jobs())
     print(json.dumps(why.as_json(cause)) if args.json else "\n".join(why.cause_lines(cause)))
     return EXIT_DONE
@@ -142,11 +138,23 @@ def _submission(args: argparse.Namespace, rest: Sequence[str]) -> Submission:
         cluster=args.cluster,
         nodes=args.nodes,
         sweep=tuple(swept),
+        parallel=args.parallel,
         dry_run=args.dry_run,
         follow=args.follow,
         new_config=args.new_config,
         as_json=args.json,
     )
+
+
+def _cancel(args: argparse.Namespace) -> int:
+    done, errors = cancel.cancel_all(status.find_runs(args.run, args.runs_folder), live_jobs(), args.save)
+    if args.json:
+        print(json.dumps({"cancelled": [{"job": each.job, "how": each.how} for each in done]}))
+    elif done or not errors:
+        print("\n".join(f"job {each.job}: {each.how}" for each in done) or "no job of this run waits or runs")
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return errors[-1].exit_code if errors else EXIT_DONE
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -156,7 +164,7 @@ def _status(args: argparse.Namespace) -> int:
         print(json.dumps({"runs": [status.as_json(row) for row in rows]}))
     elif not rows:
         print(f"no runs below {args.runs_folder}")
-    elif len(args.runs) == 1:
+    elif len(args.runs) == 1 and len(rows) == 1:
         print("\n".join(status.details(rows[0])))
     else:
         print("\n".join(status.table(rows)))

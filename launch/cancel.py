@@ -1,6 +1,6 @@
-"""End a run's jobs: `python -m launch cancel RUN [--save]`.
+"""End a run's jobs, or those of all runs of a sweep: `python -m launch cancel RUN [--save]`.
 
-In: a run folder. Out: what was ended, in words. A note is left before any signal, so that no supervisor takes the stop
+In: run folders. Out: what was ended, in words. A note is left before any signal, so that no supervisor takes the stop
 for a preemption and goes on by itself. SLURM's own state is never waited for without end.
 """
 
@@ -14,9 +14,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ii_dist.config import ClusterError, RunFolder
+from ii_dist.config import ClusterError, RunFolder, UserError
 from launch.history import read_attempts
-from launch.owner import its_job_has_gone, last_submitted, local_job_lives, read_lease
+from launch.owner import its_job_has_gone, jobs_of, last_submitted, local_job_lives, read_lease
 from launch.processes import started_ticks
 from launch.records import now_text
 from launch.scheduler import LiveJob
@@ -34,9 +34,26 @@ class Cancelled:
     how: str
 
 
+def cancel_all(
+    folders: Sequence[RunFolder], live: Sequence[LiveJob] | None, save: bool
+) -> tuple[list[Cancelled], list[UserError]]:
+    """End the jobs of several runs; what could not be done to one does not keep the others.
+
+    Those that wait come first: elements of an array would start in places that become free.
+    """
+    done: list[Cancelled] = []
+    errors: list[UserError] = []
+    for folder in sorted(folders, key=lambda folder: not any(job.waits for job in jobs_of(folder, live))):
+        try:
+            done += cancel(folder, live, save)
+        except UserError as error:
+            errors.append(error)
+    return done, errors
+
+
 def cancel(folder: RunFolder, live: Sequence[LiveJob] | None, save: bool) -> list[Cancelled]:
     """End every job of the run: asked to save and leave, or at once. Raises ClusterError where that cannot be done."""
-    ours = [job for job in live or () if job.belongs_to(folder.root)]
+    ours = jobs_of(folder, live)
     waiting_first = sorted(ours, key=lambda job: not job.waits)  # else one of them starts when the running one ends
     done = [_cancel_slurm(folder, job, save) for job in waiting_first]
     entry = last_submitted(folder)
@@ -55,11 +72,13 @@ def cancel(folder: RunFolder, live: Sequence[LiveJob] | None, save: bool) -> lis
 
 
 def _cancel_slurm(folder: RunFolder, job: LiveJob, save: bool) -> Cancelled:
-    _leave_note(folder, job.raw_id)
+    _leave_note(folder, job.job)
     if job.waits or not save:
         _scancel([job.job])
         return Cancelled(job.job, "taken out of the queue" if job.waits else "ended")
-    _scancel(["--signal=USR2", job.job])  # to the step, where the supervisors are: the batch shell would die of it
+    # To the step, where the supervisors are: the batch shell would die of it. An element's step is named: while other
+    # elements wait, SLURM 22.05 signals one that goes by its own name again and again, and then says that it cannot.
+    _scancel(["--signal=USR2", f"{job.job}.0" if "_" in job.job else job.job])
     return Cancelled(job.job, "asked to save and leave")
 
 

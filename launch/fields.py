@@ -65,5 +65,7 @@ class JobFields:
     watch: Watch = Watch()
     check_command: tuple[str, ...] = CHECK_COMMAND
     """What each rank runs for the check of the nodes; the config and a file for the answer are appended."""
+    submitit_folder: str = ""
+    """Where Submitit's files of this job lie; "" = jobs/submitit of the run folder."""
     secret: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
     """Known to the supervisors of this submission only."""

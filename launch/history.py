@@ -16,7 +16,8 @@ from typing import Any, Literal
 from ii_dist.config import RunFolder
 from ii_dist.config.errors import EXIT_DONE, EXIT_STOPPED
 from launch.numbers import newest_commit, total_steps
-from launch.owner import its_job_has_gone, local_job_lives, read_lease
+from launch.owner import its_job_has_gone, jobs_of, local_job_lives, read_lease
+from launch.records import cancel_path
 from launch.scheduler import Ending, LiveJob, ending
 from launch.submitted import Submitted, read_submitted
 
@@ -103,7 +104,7 @@ def node_records(folder: RunFolder, job: str) -> list[Attempt]:
 def standing(folder: RunFolder, live: Sequence[LiveJob] | None, attempts: Sequence[Attempt]) -> Standing:
     """What the run does now. Asks SLURM of a job that has gone without a word."""
     newest = attempts[-1] if attempts else None
-    ours = [job for job in live or () if job.belongs_to(folder.root)]
+    ours = jobs_of(folder, live)
     if ours:
         return _in_slurm(folder, _first(ours), attempts)
     submitted = read_submitted(folder)
@@ -147,7 +148,7 @@ def queue_waits_s(folder: RunFolder, attempts: Sequence[Attempt]) -> list[float]
 
 
 def _in_slurm(folder: RunFolder, job: LiveJob, attempts: Sequence[Attempt]) -> Standing:
-    started = [attempt for attempt in attempts if attempt.job in (job.job, job.raw_id)]
+    started = [attempt for attempt in attempts if attempt.job == job.job]
     newest = started[-1] if started else None
     earlier = attempts[-1] if attempts else None
     if job.waits:
@@ -187,6 +188,8 @@ def _never_started(folder: RunFolder, last: Submitted | None, live: Sequence[Liv
     if told is not None:
         state = "stopped" if told.state == "CANCELLED" else "failed"
         return Standing(state, f"SLURM: {told.state.lower()} before its supervisor started", last.job, ended=told)
+    if cancel_path(folder, last.job).exists():  # SLURM forgets an element of an array that never ran
+        return Standing("stopped", "cancelled before its supervisor started", last.job)
     if live is None and last.executor == "slurm":
         return Standing("queued", "squeue does not answer", last.job)
     return Standing("lost", "ended before its supervisor started", last.job)

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from launch.processes import started_ticks
 from launch.scheduler import LiveJob
 from launch.submitted import Submitted, read_submitted
 
+_SLURM_ID = re.compile(r"\d+(_\d+)?")
 LOCK_WAIT_S = 3.0
 HEARTBEAT_DEAD_S = 60.0
 """As the lease itself judges an owner on another machine."""
@@ -40,10 +42,9 @@ class Lease:
 def require_free(folder: RunFolder, live: Sequence[LiveJob] | None) -> None:
     """Raise ClusterError where another job has the run folder, naming it; live: None where SLURM did not answer."""
     advice = f"wait for it, end it with: python -m launch cancel {folder.root}, or give this run another name=..."
-    for job in live or ():
-        if job.belongs_to(folder.root):
-            since = "" if job.submitted_s is None else f", submitted {_utc(job.submitted_s)}"
-            raise ClusterError(f"run folder {folder.root}: has job {job.job} ({job.state.lower()}{since}); {advice}")
+    for job in jobs_of(folder, live):
+        since = "" if job.submitted_s is None else f", submitted {_utc(job.submitted_s)}"
+        raise ClusterError(f"run folder {folder.root}: has job {job.job} ({job.state.lower()}{since}); {advice}")
     if (entry := last_submitted(folder)) is not None and local_job_lives(entry):
         raise ClusterError(
             f"run folder {folder.root}: has job {entry.job} on {entry.host}, pid {entry.pid}, since {entry.submitted}; "
@@ -67,9 +68,19 @@ def require_free(folder: RunFolder, live: Sequence[LiveJob] | None) -> None:
         )
 
 
+def jobs_of(folder: RunFolder, live: Sequence[LiveJob] | None) -> list[LiveJob]:
+    """The run's own among these jobs: submitted from its folder, or its elements of the arrays of its sweeps."""
+    sweeps = {entry.job: Path(entry.sweep) for entry in read_submitted(folder) if entry.sweep}
+    return [
+        job
+        for job in live or ()
+        if job.belongs_to(folder.root) or (job.job in sweeps and job.belongs_to(sweeps[job.job]))
+    ]
+
+
 def its_job_has_gone(lease: Lease, live: Sequence[LiveJob] | None, entry: Submitted | None) -> bool:
     """Whether SLURM says that the owner's job is over, whatever its last sign of life was."""
-    of_slurm = entry is not None and entry.executor == "slurm" and lease.job.isdigit()
+    of_slurm = entry is not None and entry.executor == "slurm" and bool(_SLURM_ID.fullmatch(lease.job))
     return of_slurm and live is not None and all(lease.job not in (job.job, job.raw_id) for job in live)
 
 

@@ -23,11 +23,14 @@ class Place:
     """One node of one attempt of one job. `hosts` stand in the order of their node ranks."""
 
     job: str
+    """Its name in records and logs, as squeue shows it: 12, or 12_3 for an element of an array."""
     attempt: int
     node_rank: int
     hosts: tuple[str, ...]
     master_addr: str
     master_port: int
+    raw_id: str = ""
+    """SLURM_JOB_ID, which no two jobs share, elements of arrays included: ports are made from it."""
 
 
 def local_place(job: str, master_port: int) -> Place:
@@ -37,23 +40,29 @@ def local_place(job: str, master_port: int) -> Place:
 
 def slurm_place(environ: Mapping[str, str], master_port: int) -> Place:
     """This node of a SLURM job. Raises ClusterError outside a job step or where scontrol does not answer."""
-    job = _variable(environ, "SLURM_JOB_ID")
+    raw_id = _variable(environ, "SLURM_JOB_ID")
     attempt = int(environ.get("SLURM_RESTART_COUNT", "0"))
     hosts = _hostnames(environ.get("SLURM_STEP_NODELIST") or _variable(environ, "SLURM_JOB_NODELIST"))
     node_rank, nodes = int(_variable(environ, "SLURM_NODEID")), int(_variable(environ, "SLURM_NNODES"))
     if len(hosts) != nodes or not 0 <= node_rank < nodes:
         raise ClusterError(f"SLURM_NNODES is {nodes}, SLURM_NODEID {node_rank}, yet scontrol names {', '.join(hosts)}")
-    return Place(job, attempt, node_rank, hosts, hosts[0], master_port or slurm_port(job, attempt))
+    port = master_port or slurm_port(raw_id, attempt)
+    return Place(_job_name(environ, raw_id), attempt, node_rank, hosts, hosts[0], port, raw_id)
 
 
-def slurm_port(job: str, attempt: int, restart: int = 0) -> int:
+def _job_name(environ: Mapping[str, str], raw_id: str) -> str:
+    array, element = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{element}" if array and element else raw_id
+
+
+def slurm_port(raw_id: str, attempt: int, restart: int = 0) -> int:
     """Same on every node, another for the neighbour job, the next attempt and the next restart of the ranks."""
-    return FIRST_PORT + (_number(job) * 7 + attempt * 1009 + restart * 101) % PORTS
+    return FIRST_PORT + (_number(raw_id) * 7 + attempt * 1009 + restart * 101) % PORTS
 
 
-def bus_ports(job: str, attempt: int) -> tuple[int, ...]:
+def bus_ports(raw_id: str, attempt: int) -> tuple[int, ...]:
     """Where the supervisor of node 0 listens for the others: the first of these that is free."""
-    first = (_number(job) * 7 + attempt * 1009) % (BUS_PORTS - BUS_TRIES)
+    first = (_number(raw_id) * 7 + attempt * 1009) % (BUS_PORTS - BUS_TRIES)
     return tuple(FIRST_BUS_PORT + first + further for further in range(BUS_TRIES))
 
 
@@ -107,8 +116,8 @@ def _hostnames(nodelist: str) -> tuple[str, ...]:
     return tuple(done.stdout.split())
 
 
-def _number(job: str) -> int:
-    return int(re.sub(r"\D", "", job) or "0")
+def _number(raw_id: str) -> int:
+    return int(re.sub(r"\D", "", raw_id) or "0")
 
 
 def _variable(environ: Mapping[str, str], name: str) -> str:

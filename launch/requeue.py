@@ -102,21 +102,25 @@ def requeue(
 
 def _submit_again(job: str, folder: Path, words: str, avoid: Sequence[str]) -> str:
     """Submit the job's own script once more, to start when this job has ended."""
-    script, submitted = folder / f"{job}_submission.sh", folder / f"{job}_submitted.pkl"
+    array, _, element = job.partition("_")
+    script, submitted = folder / f"{array}_submission.sh", folder / f"{job}_submitted.pkl"
     if not script.is_file() or not submitted.is_file():
         raise ClusterError(f"job {job} not requeued ({words}), and {script} is not there to submit it again")
     command = ["sbatch", "--parsable", f"--dependency=afterany:{job}"]
     if avoid:
         command.append(f"--exclude={','.join(avoid)}")
+    if element:  # the script asks for the whole array
+        command.append(f"--array={element}")
     done = _ask([*command, str(script)], without_job=True)
     if done is None or done.returncode:
         raise ClusterError(f"job {job} not requeued ({words}), nor submitted again ({_words(done)})")
     new = done.stdout.strip().partition(";")[0]
     if not new.isdigit():
         raise ClusterError(f"job {job}: sbatch answered {done.stdout.strip()!r}, which is no job")
-    for kind in ("submission.sh", "submitted.pkl"):  # where Submitit's task looks for what it shall run
-        shutil.copy2(folder / f"{job}_{kind}", folder / f"{new}_{kind}")
-    return f"job {new}"
+    again = f"{new}_{element}" if element else new
+    shutil.copy2(submitted, folder / f"{again}_submitted.pkl")  # where Submitit's task looks for what it shall run
+    shutil.copy2(script, folder / f"{new}_submission.sh")
+    return f"job {again}"
 
 
 def _exclude(job: str, hosts: Sequence[str]) -> None:

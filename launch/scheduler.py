@@ -4,6 +4,7 @@ In: job ids. Out: `LiveJob`s from one squeue call; an `Ending` from scontrol (mi
 there is an accounting database), else nothing. Times are Unix seconds.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -51,11 +52,12 @@ class LiveJob:
     def waits(self) -> bool:
         return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
-    def belongs_to(self, run_folder: Path) -> bool:
-        """Whether it was submitted from this run folder, by whatever name either goes."""
-        if self.script.startswith(f"{run_folder}/jobs/"):
+    def belongs_to(self, folder: Path) -> bool:
+        """Whether it was submitted from this folder, of a run or of a sweep, by whatever name either goes."""
+        if self.script.startswith(f"{folder}/jobs/"):
             return True
-        return self.script.startswith("/") and Path(self.script).parent.resolve().is_relative_to(run_folder.resolve())
+        script = Path(self.script)
+        return script.is_absolute() and _resolved(script.parent).is_relative_to(_resolved(folder))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,12 @@ class Ending:
     signal: int = 0
     end_s: float | None = None
     source: str = ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _resolved(path: Path) -> Path:
+    """Remembered: every element of an array is compared with every run."""
+    return path.resolve()
 
 
 def live_jobs() -> list[LiveJob] | None:

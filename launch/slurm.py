@@ -11,7 +11,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ __all__ = [
     "sbatch_parameters",
     "sbatch_text",
     "submit",
+    "submit_array",
 ]
 
 
@@ -139,9 +140,14 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def sbatch_text(folder: Path, parameters: Parameters, python: Words = (sys.executable,)) -> str:
-    """What Submitit would hand to sbatch, from its own renderer. Needs no SLURM and writes nothing."""
+def sbatch_text(folder: Path, parameters: Parameters, python: Words = (sys.executable,), elements: int = 1) -> str:
+    """What Submitit would hand to sbatch, from its own renderer. Needs no SLURM and writes nothing.
+
+    elements: of a job array; 1 = a plain job.
+    """
     executor = _executor(folder, parameters, python, needs_srun=False)
+    if elements > 1:
+        executor.parameters["map_count"] = elements
     return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
 
@@ -156,17 +162,37 @@ def submit(job: TrainJob, folder: Path, parameters: Parameters, python: Words = 
 
     python: the command that is Python on a node (`python_words`).
     """
+    return submit_array([job], folder, parameters, python)[0]
+
+
+def submit_array(
+    jobs: Sequence[TrainJob], folder: Path, parameters: Parameters, python: Words = (sys.executable,)
+) -> list[str]:
+    """Submit several jobs as the elements of one array, return their ids, such as 12_0, 12_1. One is a plain job.
+
+    parameters: those of one job; `array_parallelism` = how many may run at once. Else as `submit`.
+    """
     executor = _executor(folder, parameters, python, needs_srun=True)
     umask = os.umask(0o077)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # Submitit prints sbatch's words, and raises them
-            submitted = executor.submit(job)
+        with _outside_an_array(), contextlib.redirect_stderr(io.StringIO()):  # Submitit prints sbatch's words
+            submitted = executor.submit_array(jobs)
     except RuntimeError as error:  # the base of Submitit's submission errors
         words = [line.removeprefix("sbatch: error: ") for line in str(error).splitlines() if line.strip()]
         raise ClusterError(f"sbatch refused the job: {'; '.join(words)}") from None
     finally:
         os.umask(umask)
-    return str(submitted.job_id)
+    return [str(job.job_id) for job in submitted]
+
+
+@contextlib.contextmanager
+def _outside_an_array() -> Iterator[None]:
+    """sbatch hands its environment on: submitted from inside an array, a job would take itself for that element."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("SLURM_ARRAY_")}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _check_sizes(cfg: RunConfig, ranks_per_node: int) -> None:

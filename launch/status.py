@@ -13,11 +13,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ii_dist.config import RunFolder
+from ii_dist.config import ConfigError, RunFolder
 from launch.history import Attempt, Standing, queue_waits_s, read_attempts, standing
 from launch.numbers import Numbers, duration, newest_commit, read_numbers, total_steps
 from launch.scheduler import LiveJob
-from launch.sweep import sweep_table
+from launch.sweep import runs_of_sweep, sweep_table
 from launch.why import cause_of, queue_words
 
 SILENT_S = 15.0
@@ -136,16 +136,27 @@ def read_beats(folder: RunFolder, stands: Standing) -> Beats:
 
 
 def run_folders(texts: Sequence[str], runs_folder: Path) -> list[RunFolder]:
-    """The named runs (folders, or names below `runs_folder`); all there are where none is named."""
+    """The named runs and those of named sweeps (folders, or names below `runs_folder`); all there are for no name."""
     if texts:
-        return [find_run(text, runs_folder) for text in texts]
+        return [folder for text in texts for folder in find_runs(text, runs_folder)]
     found = sorted(path.parent for path in runs_folder.glob("*/config.yaml"))
     return [RunFolder(path.absolute()) for path in found]
+
+
+def find_runs(text: str, runs_folder: Path) -> list[RunFolder]:
+    """A run, or the runs of a sweep that have been submitted, by its folder or by its name."""
+    for path in (Path(text), runs_folder / text):
+        if (runs := runs_of_sweep(path)) is not None:
+            return [RunFolder(run) for run in runs if (run / "config.yaml").is_file()]
+    return [find_run(text, runs_folder)]
 
 
 def find_run(text: str, runs_folder: Path) -> RunFolder:
     """A run by its folder or by its name. Raises ConfigError naming near ones."""
     for path in (Path(text), runs_folder / text):
+        if (runs := runs_of_sweep(path)) is not None:
+            names = ", ".join(run.name for run in runs[:4]) + (", ..." if len(runs) > 4 else "")
+            raise ConfigError(f"{text}: is a sweep of {len(runs)} runs; name one of them: {names}")
         if (path / "config.yaml").is_file() or (path / "jobs").is_dir():
             return RunFolder(path.absolute())
     raise _unknown_run(text, runs_folder)
@@ -260,8 +271,6 @@ def _hosts(nodes: Sequence[str]) -> str:
 
 def _unknown_run(text: str, runs_folder: Path) -> Exception:
     import difflib
-
-    from ii_dist.config import ConfigError
 
     names = sorted(path.parent.name for path in runs_folder.glob("*/config.yaml"))
     near = difflib.get_close_matches(Path(text).name, names, n=1)

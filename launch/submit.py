@@ -1,7 +1,7 @@
 """From a config to a job: `python -m launch submit`.
 
 In: file names and overrides. Out: a run folder, a job, and the exit code of the run where it is followed. With
-`--sweep`: several of them.
+`--sweep`: several of them, as one job array.
 """
 
 import contextlib
@@ -15,14 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ii_dist.config import ConfigError, DataError, RunFolder, gpu_count, load_config, ranks_on_a_node
+from ii_dist.config import ConfigError, DataError, RunConfig, RunFolder, gpu_count, load_config, ranks_on_a_node
 from ii_dist.config.errors import EXIT_DONE, EXIT_STOPPED, ClusterError
 from launch import local, slurm
 from launch.account import account_lines, describe, plan_of, refuse_impossible
 from launch.folder import own_folder, prepare_run_folder, private_folder, run_folder
 from launch.follow import follow, seldom, wait_gone
 from launch.job import TrainJob
-from launch.numbers import duration, read_numbers
+from launch.job_array import Sweep, dry_lines, start_sweep, sweep_row
+from launch.numbers import read_numbers
 from launch.owner import one_submission, require_free
 from launch.planned import PlannedRun
 from launch.ranks import StopSignals, last_lines
@@ -31,7 +32,7 @@ from launch.rounds import SHOWN_LINES
 from launch.scheduler import live_jobs
 from launch.snapshot import python_variables, snapshot, snapshot_folder
 from launch.submitted import note_submitted
-from launch.sweep import Point, read_sweep, require_names_of_their_own, sweep_table, with_name_of_point, write_sweep
+from launch.sweep import Point, read_sweep, require_names_of_their_own, sweep_table, with_name_of_point
 
 QUEUE_POLL_S = 5.0
 
@@ -45,6 +46,8 @@ class Submission:
     cluster: Path | None = None
     nodes: int | None = None
     sweep: tuple[str, ...] = ()
+    parallel: int | None = None
+    """How many runs of a sweep may run at once; None = all."""
     dry_run: bool = False
     follow: bool | None = None
     """None = follow a local run, not a job in a queue."""
@@ -58,23 +61,40 @@ def submit_run(asked: Submission, environ: Mapping[str, str]) -> int:
     points = read_sweep(asked.sweep)
     runs = [_planned(asked, point, number, environ) for number, point in enumerate(points)]
     require_names_of_their_own([run.cfg.name for run in runs])
+    sweep = _sweep_of(asked, runs)
     if asked.dry_run:
-        return _dry_run(runs, asked.as_json)
+        return _dry_run(runs, sweep, asked.as_json)
     for run in runs:
         _check(run)
-    if not asked.sweep:
+    if sweep is None:
         return _start(runs[0], asked)
     if asked.follow:
         raise ConfigError("--follow: shows one run, and a sweep is several; look at them with python -m launch status")
     if not runs[0].on_slurm:
         raise ConfigError("--sweep: on this machine the runs would share its cores; give --cluster FILE, or --dry-run")
-    return _start_sweep(runs, asked)
+    sweep.sbatch_parameters()
+    return start_sweep(sweep, asked.new_config, asked.as_json)
+
+
+def _sweep_of(asked: Submission, runs: list[PlannedRun]) -> Sweep | None:
+    """The sweep that is asked for. Raises ConfigError for a --parallel that has no sense."""
+    if not asked.sweep:
+        if asked.parallel is not None:
+            raise ConfigError("--parallel: says how many runs of a sweep run at once; give --sweep with several values")
+        return None
+    parallel = len(runs) if asked.parallel is None else asked.parallel
+    if parallel < 1:
+        raise ConfigError(f"--parallel {parallel}: needs 1 or more")
+    return Sweep(_load(asked, ()).name, tuple(runs), min(parallel, len(runs)))
+
+
+def _load(asked: Submission, point: Point) -> RunConfig:
+    overrides = [*asked.overrides, *([f"launch.nodes={asked.nodes}"] if asked.nodes is not None else []), *point]
+    return load_config(asked.config, overrides, layers=[asked.cluster] if asked.cluster else [])
 
 
 def _planned(asked: Submission, point: Point, number: int, environ: Mapping[str, str]) -> PlannedRun:
-    overrides = [*asked.overrides, *([f"launch.nodes={asked.nodes}"] if asked.nodes is not None else []), *point]
-    cfg = load_config(asked.config, overrides, layers=[asked.cluster] if asked.cluster else [])
-    cfg = with_name_of_point(cfg, point, number)
+    cfg = with_name_of_point(_load(asked, point), point, number)
     launch = cfg.launch
     if launch.executor == "local" and launch.nodes > 1:
         raise ConfigError(f"launch.nodes {launch.nodes}: this machine is one node; give --cluster FILE for SLURM")
@@ -97,7 +117,9 @@ def _check(run: PlannedRun) -> None:
         slurm.check_folder(run.folder.root)
 
 
-def _dry_run(runs: list[PlannedRun], as_json: bool) -> int:
+def _dry_run(runs: list[PlannedRun], sweep: Sweep | None, as_json: bool) -> int:
+    if sweep is not None and runs[0].on_slurm:
+        return _dry_run_of_array(sweep, as_json)
     facts = [describe(run) | {"sbatch": _sbatch_text(run)} for run in runs]
     if as_json:
         print(json.dumps({"runs": facts}, indent=1))
@@ -108,7 +130,16 @@ def _dry_run(runs: list[PlannedRun], as_json: bool) -> int:
         for line in account_lines(run, told):
             print(f"# {line}")
     if len(runs) > 1:
-        print("#", *sweep_table([_sweep_row(run, told) for run, told in zip(runs, facts, strict=True)]), sep="\n# ")
+        print("#", *sweep_table([sweep_row(run, told) for run, told in zip(runs, facts, strict=True)]), sep="\n# ")
+    return EXIT_DONE
+
+
+def _dry_run_of_array(sweep: Sweep, as_json: bool) -> int:
+    facts, text = [describe(run) for run in sweep.runs], sweep.sbatch_text()
+    if as_json:
+        print(json.dumps({"sbatch": text, "parallel": sweep.parallel, "runs": facts}, indent=1))
+    else:
+        print(text, *(f"# {line}".rstrip() for line in dry_lines(sweep, facts)), sep="\n")
     return EXIT_DONE
 
 
@@ -128,31 +159,6 @@ def _start(run: PlannedRun, asked: Submission) -> int:
         return _watch_local(job, run.folder, handle, follows=asked.follow is not False)
     _say_submitted(job, run)
     return _watch_slurm(job, run.folder, submitit_folder) if asked.follow else EXIT_DONE
-
-
-def _start_sweep(runs: list[PlannedRun], asked: Submission) -> int:
-    """Submit one job a run; a run that is refused does not keep the others from theirs."""
-    rows: list[dict[str, Any]] = []
-    worst = EXIT_DONE
-    for run in runs:
-        try:
-            job = _hand_over(run, asked)[0].job
-        except ClusterError as error:
-            print(f"error: {error}", file=sys.stderr)
-            job, worst = "", error.exit_code
-        rows.append({"job": job, **_sweep_row(run, None), "folder": str(run.folder.root)})
-    table = runs[0].folder.root.parent / f"{load_config(asked.config, asked.overrides).name}.sweep.json"
-    write_sweep(table, rows)
-    print(json.dumps({"runs": rows}) if asked.as_json else "\n".join([*sweep_table(rows), f"table: {table}"]))
-    return worst
-
-
-def _sweep_row(run: PlannedRun, told: dict[str, Any] | None) -> dict[str, Any]:
-    row: dict[str, Any] = {"run": run.cfg.name} | dict(choice.split("=", 1) for choice in run.choice)
-    if told is not None and (account := told["account"]) is not None and account["hours"] is not None:
-        row |= {"jobs": account["jobs"], "time": duration(account["hours"] * 3600)}
-        row |= {"rank-hours": f"{account['gpu_hours']:.1f}"}
-    return row
 
 
 def _hand_over(run: PlannedRun, asked: Submission) -> tuple[TrainJob, local.LocalHandle | None, Path]:

@@ -3,10 +3,11 @@
 In: facts of whoever submits. Out: `Submitted`s, oldest first.
 """
 
+import contextlib
 import json
 import os
 import socket
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ class Submitted:
     ranks_per_node: int
     time_minutes: int = 0
     code: str = ""
-    """Name of the folder below code/."""
+    """Name of the folder below code/, of the run or of the sweep."""
     pid: int = 0
     pid_ticks: int = 0
+    sweep: str = ""
+    """Folder of the sweep whose job array it is an element of."""
 
 
 def note_submitted(folder: RunFolder, job: str, executor: str, pid: int = 0, **facts: Any) -> None:
@@ -43,6 +46,24 @@ def note_submitted(folder: RunFolder, job: str, executor: str, pid: int = 0, **f
         pid_ticks=(started_ticks(pid) or 0) if pid else 0,
         **facts,
     )
+    _append(folder, entry)
+
+
+def note_again(folder: RunFolder, job: str, new: str) -> None:
+    """Append a line for `new`, which goes on where `job` was submitted before."""
+    entry = next((entry for entry in reversed(read_submitted(folder)) if entry.job == job), None)
+    if entry is not None:
+        with contextlib.suppress(OSError):  # the job is there all the same
+            _append(folder, replace(entry, job=new, host=socket.gethostname(), submitted=now_text()))
+
+
+def submitit_folder(folder: RunFolder, job: str) -> Path:
+    """Where Submitit's files of a job of this run lie: its own, or those of the sweep that it was submitted with."""
+    sweep = next((entry.sweep for entry in read_submitted(folder) if entry.job == job), "")
+    return (RunFolder(Path(sweep)) if sweep else folder).jobs / "submitit"
+
+
+def _append(folder: RunFolder, entry: Submitted) -> None:
     file = os.open(folder.submitted, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         os.write(file, json.dumps(asdict(entry)).encode() + b"\n")

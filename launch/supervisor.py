@@ -30,6 +30,7 @@ from launch.records import (
 from launch.rendezvous import Place, bus_ports, free_port, open_port, slurm_port
 from launch.requeue import JobClock, job_fields, reason_of_stop, requeue
 from launch.rounds import Round, Start
+from launch.submitted import note_again
 from launch.verdict import Ending, can_restart, ended_well, merge
 
 ANSWER_S = 30.0
@@ -96,7 +97,7 @@ class Supervisor:
         if self._job.nodes == 1:
             return Bus(0, {})
         place, asked = self._place, self._stop.pending
-        ports, name = bus_ports(place.job, place.attempt), f"{place.job} {place.attempt}"
+        ports, name = bus_ports(place.raw_id, place.attempt), f"{place.job} {place.attempt}"
         if self.leads:
             return buses.lead(ports, self._job.nodes, name, self._job.secret, asked)
         return buses.follow(place.master_addr, ports, place.node_rank, name, self._job.secret, asked)
@@ -113,7 +114,7 @@ class Supervisor:
         if job.master_port:
             ports: tuple[int, ...] = (job.master_port,)
         elif job.executor == "slurm":
-            ports = tuple(slurm_port(place.job, place.attempt, restart + 7 * i) for i in range(PORT_TRIES))
+            ports = tuple(slurm_port(place.raw_id, place.attempt, restart + 7 * i) for i in range(PORT_TRIES))
         else:
             ports = (free_port(),)
         start = Start(restart, place.master_addr, open_port(ports), (*job.command, str(self._folder.config)))
@@ -243,13 +244,15 @@ class Supervisor:
         if state != "RUNNING":  # it is being requeued already
             return
         try:
-            how = requeue(job, self._folder.jobs / "submitit", self._record.excluded)
+            folder = Path(self._job.submitit_folder or self._folder.jobs / "submitit")
+            how = requeue(job, folder, self._record.excluded)
         except ClusterError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             self._update(requeued="", why=f"{self._record.why}; {error}")
             return
         if how != "scontrol":
             self._update(requeued=how)
+            note_again(self._folder, job, how.removeprefix("job "))
         print(f"job {job}: goes on ({how})", flush=True)
 
     def _let_others_leave(self, ending: Ending) -> None:

@@ -1,7 +1,7 @@
 """Several runs from one config: every combination of the values of some keys, each in a run folder of its own.
 
 In: `optim.lr=0.5,1,2 model.gate=se,fold3x3`. Out: the combinations as overrides, the name of each run, and a table of
-the runs, printed and kept as `<name>.sweep.json` beside their folders.
+the runs, printed and kept in `<name>.sweep/runs.json` beside their folders.
 """
 
 import itertools
@@ -16,6 +16,8 @@ from ii_dist.config import ConfigError, RunConfig
 Point = tuple[str, ...]
 """One combination: key=value for each key of the sweep."""
 MAX_RUNS = 256
+SWEEP_SUFFIX, SWEEP_TABLE = ".sweep", "runs.json"
+"""What the runs of a sweep share lies in `<name>.sweep`; `launch.job_array` says what."""
 _NAME_LENGTH = 64
 
 
@@ -87,6 +89,15 @@ def sweep_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     cells = [head, *([str(value) for value in row.values()] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+
+
+def runs_of_sweep(folder: Path) -> list[Path] | None:
+    """Run folders of the sweep whose folder this is; None where it is none."""
+    try:
+        rows = json.loads((folder / SWEEP_TABLE).read_text(encoding="utf-8"))
+        return [folder.absolute().parent / str(row["run"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def write_sweep(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ from ii_dist.config.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, EXIT_STOPPE
 from launch.history import Attempt, Standing, class_of, node_records, read_attempts, standing
 from launch.logs import Line, last_attempt_lines, log_ranks
 from launch.scheduler import LiveJob
+from launch.submitted import submitit_folder
 
 EVIDENCE_LINES = 12
 ADVICE = {
@@ -35,8 +36,8 @@ ADVICE = {
     "bad_checkpoint": "python -m tools.verify_checkpoint RUN says which steps are whole",
     "exception": "read the traceback above in the rank's log",
     "environment": "mend what the line names on the node, then submit again",
-    "launch": "see the supervisor's own log in jobs/submitit",
-    "lost": "look at jobs/submitit for the supervisor's log; submit again",
+    "launch": "see the supervisor's own log, {log}",
+    "lost": "look at the supervisor's own log, {log}; submit again",
     "running": "nothing: it runs; python -m launch status",
     "queued": "nothing: it waits for nodes",
     "never": "python -m launch submit",
@@ -81,15 +82,16 @@ def why(folder: RunFolder, live: Sequence[LiveJob] | None) -> Cause:
 def cause_of(folder: RunFolder, now: Standing, attempts: Sequence[Attempt]) -> Cause:
     earlier = tuple(_line_of(attempt) for attempt in reversed(attempts[:-1]))[:EVIDENCE_LINES]
     if now.state in ("training", "starting", "stopping"):
-        return _plain("running", f"{now.state}: {now.why}", now, earlier)
+        return _plain(folder, "running", f"{now.state}: {now.why}", now, earlier)
     if now.state == "queued":
-        return _plain("queued", f"waits in the queue: {queue_words(now.why)}", now, earlier)
+        return _plain(folder, "queued", f"waits in the queue: {queue_words(now.why)}", now, earlier)
     if now.state == "new":
-        return _plain("never", "was never submitted", now, earlier)
+        return _plain(folder, "never", "was never submitted", now, earlier)
     if now.attempt is None:
         kind = class_of(now.ended) if now.ended is not None else "finished" if now.state == "done" else "lost"
         kind = "launch" if now.ended is not None and kind == "lost" else kind
-        return _plain(kind, now.why, now, earlier)
+        kind = "cancelled" if now.ended is None and now.state == "stopped" and now.job else kind
+        return _plain(folder, kind, now.why, now, earlier)
     return _of_attempt(folder, now, now.attempt, earlier)
 
 
@@ -113,9 +115,14 @@ def as_json(cause: Cause) -> dict[str, Any]:
     return asdict(cause)
 
 
-def _plain(kind: str, says: str, now: Standing, earlier: tuple[str, ...]) -> Cause:
+def _plain(folder: RunFolder, kind: str, says: str, now: Standing, earlier: tuple[str, ...]) -> Cause:
     number = now.attempt.attempt if now.attempt is not None and now.attempt.job == now.job else None
-    return Cause(kind, says, ADVICE[kind], now.job, number, source="slurm" if now.ended else "", earlier=earlier)
+    advice = _advice(folder, kind, now.job)
+    return Cause(kind, says, advice, now.job, number, source="slurm" if now.ended else "", earlier=earlier)
+
+
+def _advice(folder: RunFolder, kind: str, job: str) -> str:
+    return ADVICE.get(kind, ADVICE["exception"]).format(log=supervisor_log(folder, job))
 
 
 def _of_attempt(folder: RunFolder, now: Standing, attempt: Attempt, earlier: tuple[str, ...]) -> Cause:
@@ -148,7 +155,7 @@ def _of_attempt(folder: RunFolder, now: Standing, attempt: Attempt, earlier: tup
     if now.live is not None and now.state == "requeued":
         says = f"{says}; goes on as job {now.live.job}: {queue_words(now.live.reason)}"
     shown = tuple(line.text for line in lines[-EVIDENCE_LINES:]) if kind not in ("finished", "stopped") else ()
-    advice = "nothing: it goes on by itself" if now.state == "requeued" else ADVICE.get(kind, ADVICE["exception"])
+    advice = "nothing: it goes on by itself" if now.state == "requeued" else _advice(folder, kind, attempt.job)
     return Cause(kind, says, advice, attempt.job, attempt.attempt, rank, host, source, shown, earlier)
 
 
@@ -218,11 +225,12 @@ def _detail(reason: str) -> str:
 
 def supervisor_log(folder: RunFolder, job: str) -> Path:
     """What the supervisor of node 0 printed itself."""
-    return folder.jobs / "submitit" / f"{job}_0_log.out"
+    return submitit_folder(folder, job) / f"{job}_0_log.out"
 
 
 _REASONS = {
     "Resources": "no nodes are free (Resources)",
+    "JobArrayTaskLimit": "--parallel runs of the sweep run already (JobArrayTaskLimit)",
     "Priority": "other jobs come first (Priority)",
     "BeginTime": "SLURM starts a requeued job after a moment (BeginTime)",
     "Dependency": "another job must end first (Dependency)",

@@ -1,7 +1,8 @@
 """Stands in for a rank: does what its rank's entry of the plan says. Needs only Python.
 
 Arguments: a JSON object rank -> behaviour, then whatever the supervisor appends. Behaviours:
-exit:N | error (says one line, then 3) | die:SIGNAME | environ | sleep (no handlers) |
+exit:N | error (says one line, then 3) | die:SIGNAME | environ | tell:BEHAVIOUR (as environ first) |
+sleep (no handlers) |
 polite (a stop request ends it with 75) | deaf (to stop requests) |
 parent (starts a child in its own group, then sleeps) | after:MARK:BEHAVIOUR (waits for the file MARK first) |
 commit:FOLDER:N:BEHAVIOUR (a committed step N stands in FOLDER first) | steps:N:BEHAVIOUR (N signs of life first) |
@@ -78,9 +79,9 @@ def act(behaviour: str) -> int:
         return 3
     if name == "die":
         os.kill(os.getpid(), signal.Signals[rest])
-    if name == "environ":
+    if name in ("environ", "tell"):
         say(json.dumps({"environ": dict(os.environ), "arguments": sys.argv[2:], "umask": os.umask(0)}))
-        return 0
+        return act(rest) if name == "tell" else 0
     if name == "parent":
         say("child", subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"]).pid)
     if name == "polite":

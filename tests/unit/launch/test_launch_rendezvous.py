@@ -36,6 +36,14 @@ def test_place_of_a_slurm_step() -> None:
 
 
 @pytest.mark.usefixtures("scontrol")
+def test_an_element_of_an_array_has_a_name_of_its_own_and_a_port_of_its_own() -> None:
+    """SLURM_JOB_ID differs between elements; digits of the name would not do: 12_3 and 1_23."""
+    array = {"SLURM_ARRAY_JOB_ID": "4709", "SLURM_ARRAY_TASK_ID": "3"}
+    place = slurm_place({**STEP, **array}, master_port=0)
+    assert (place.job, place.raw_id, place.master_port) == ("4709_3", "4711", slurm_port("4711", 3))
+
+
+@pytest.mark.usefixtures("scontrol")
 def test_first_attempt_has_no_restart_count() -> None:
     assert slurm_place({k: v for k, v in STEP.items() if k != "SLURM_RESTART_COUNT"}, 0).attempt == 0
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ii_dist.config import ConfigError, RunConfig
+from launch.numbers import duration
 from launch.sweep import read_sweep, require_names_of_their_own, split_values, with_name_of_point
 from tests.unit.launch.test_launch_command_line import CLUSTER, CONFIG, launch
 
@@ -65,21 +66,74 @@ def test_two_runs_never_share_a_folder() -> None:
         require_names_of_their_own(["a", "b", "b"])
 
 
-def test_dry_run_of_a_sweep_and_its_json(tmp_path: Path) -> None:
+@pytest.fixture
+def asked(tmp_path: Path) -> tuple[object, ...]:
+    """A submission of a sweep of six runs to SLURM."""
     config, cluster = tmp_path / "trial.yaml", tmp_path / "cluster.yaml"
     config.write_text(CONFIG.format(folder=tmp_path))
     cluster.write_text(CLUSTER)
-    swept = ("--sweep", "optim.lr=0.5,1", "seed=0,1,2", "train.epochs=2")
-    asked = ("submit", config, "--cluster", cluster, "--dry-run", *swept)
-    shown = launch(*asked)
+    return ("submit", config, "--cluster", cluster, "--sweep", "optim.lr=0.5,1", "seed=0,1,2", "train.epochs=2")
+
+
+def test_dry_run_of_a_sweep_is_one_array_and_its_runs(asked: tuple[object, ...], tmp_path: Path) -> None:
+    shown = launch(*asked, "--dry-run", "--parallel", "2")
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.count("#!/bin/bash") == 6
-    assert "# trial-lr_1-seed_2    1         2" in shown.stdout
-    runs = json.loads(launch(*asked, "--json").stdout)["runs"]
-    assert [run["choice"] for run in runs][-1] == ["optim.lr=1", "seed=2"]
-    assert {run["plan"]["total_steps"] for run in runs} == {8}  # one value is an override like any other
-    assert all(f"#SBATCH --job-name={run['run']}\n" in run["sbatch"] for run in runs)
-    on_this_machine = launch("submit", config, "--sweep", "optim.lr=0.5,1")
-    assert on_this_machine.returncode == 2
-    assert "--sweep: on this machine" in on_this_machine.stderr
+    assert shown.stdout.count("#!/bin/bash") == 1
+    lines = shown.stdout.splitlines()
+    shared = tmp_path / "runs" / "trial.sweep"
+    assert "#SBATCH --array=0-5%2" in lines
+    assert "#SBATCH --job-name=trial" in lines
+    assert f"#SBATCH --output={shared}/jobs/submitit/%A_%a_0_log.out" in lines
+    (step,) = [line for line in lines if line.startswith("srun ")]
+    assert f"--output {shared}/jobs/submitit/%A_%a_%t_log.out " in step
+    assert f"PYTHONPATH={shared}/code/" in step
+    assert step.endswith(f"-u -m launch.task {shared}/jobs/submitit")
+    assert "# trial-lr_1-seed_2    1         2" in lines
+    assert "# the first of 6 runs; all of them, at most 2 at once:" in lines
+    assert f"# run     trial-lr_0.5-seed_0 in {tmp_path}/runs/trial-lr_0.5-seed_0" in lines
     assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_of_a_sweep_as_json_and_what_it_comes_to(asked: tuple[object, ...], tmp_path: Path) -> None:
+    speed = "launch.expected_images_per_s_per_rank=0.1"
+    told = json.loads(launch(*asked, "--dry-run", "--json", speed).stdout)
+    assert told["parallel"] == 6
+    assert "#SBATCH --array=0-5%6\n" in told["sbatch"]
+    runs = told["runs"]
+    assert runs[-1]["choice"] == ["optim.lr=1", "seed=2"]
+    assert runs[0]["folder"] == f"{tmp_path}/runs/trial-lr_0.5-seed_0"
+    assert {run["plan"]["total_steps"] for run in runs} == {8}  # one value is an override like any other
+    hours = runs[0]["account"]["hours"]
+    total = next(line for line in launch(*asked, "--dry-run", speed, "--parallel", "2").stdout.splitlines()[::-1])
+    jobs = 6 * runs[0]["account"]["jobs"]
+    assert total == f"# in all  {jobs} job(s), {6 * 2 * hours:.1f} rank-hours, {duration(3 * hours * 3600)} or more"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--parallel", "0"), "--parallel 0: needs 1 or more"),
+        (("--follow",), "--follow: shows one run"),
+        (("launch.executor=local", "launch.nodes=1"), "--sweep: on this machine"),
+        (("name=x", "--parallel", "-3"), "--parallel -3: needs 1 or more"),
+    ],
+)
+def test_what_a_sweep_cannot_be(asked: tuple[object, ...], more: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    done = launch(*asked, *more)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert words in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_parallel_is_for_sweeps(asked: tuple[object, ...]) -> None:
+    done = launch(*asked[:4], "--sweep", "seed=1", "--parallel", "2", "--dry-run")
+    assert done.returncode == 2
+    assert "--parallel: says how many runs of a sweep" in done.stderr
+
+
+def test_a_container_sees_what_the_runs_share_and_their_data(asked: tuple[object, ...], tmp_path: Path) -> None:
+    image = ("launch.container.kind=apptainer", "launch.container.image=/images/ii.sif")
+    data = ("--sweep", "data.root=/fast/a,/fast/b")
+    text = launch(*asked[:4], *image, "--dry-run", *data).stdout
+    for mounted in (tmp_path / "runs", Path("/fast/a"), Path("/fast/b")):
+        assert text.count(f"--bind {mounted}:{mounted} ") == 1
