@@ -179,26 +179,25 @@ def goodput_is_accounted_for(run: Run) -> None:
 
 
 @pytest.mark.skipif(not RANDOM_STOPS, reason="only for the table: II_DIST_RANDOM_STOPS=20 (make fault-table)")
-def test_stops_at_random_moments_lose_no_step(run: Run, uninterrupted: Run) -> None:
+def test_stops_at_random_moments_lose_no_step(tmp_path: Path, uninterrupted: Run) -> None:
     """Also before the first step, in an evaluation and during a save: the moments are random."""
-    moments, stops = random.Random(0), 0
-    for _ in range(200):
-        newest = newest_step(run.folder)
-        run.start()
-        time.sleep(moments.uniform(0.0, 1.0))
-        if moments.random() < 0.8:
-            run.came_to(min(STEPS - 2, newest + 1), starts=1)
-            time.sleep(moments.uniform(0.0, 0.2))
-        os.kill(run.record().supervisor_pid, signal.SIGUSR2)
-        code = run.ended()
-        assert code in (0, 75)
-        assert run.last_step() == newest_step(run.folder)
-        stops += 1
-        if code == 0:
-            break
-        if stops >= RANDOM_STOPS:
+    moments, stops, runs = random.Random(0), 0, 0
+    while stops < RANDOM_STOPS:
+        run = Run(tmp_path, f"run-{runs}")
+        runs += 1
+        while True:
+            newest = newest_step(run.folder)
             run.start()
-            assert run.ended() == 0
-            break
-    same_as(run, uninterrupted)
-    note(f"SIGUSR2 at {stops} random moments of one run", None, None, 0, "0 steps lost")
+            time.sleep(moments.uniform(0.0, 1.0))
+            if moments.random() < 0.8:
+                run.came_to(min(STEPS - 2, newest + 1), starts=1)
+                time.sleep(moments.uniform(0.0, 0.2))
+            os.kill(run.record().supervisor_pid, signal.SIGUSR2)
+            code = run.ended()
+            assert code in (0, 75)
+            assert run.last_step() == newest_step(run.folder)
+            if code == 0:
+                break
+            stops += 1
+        same_as(run, uninterrupted)
+    note(f"SIGUSR2 at {stops} random moments of {runs} runs", None, None, 0, "0 steps lost")
