@@ -1,5 +1,6 @@
 """The way of an encoded image: read once into memory, and that very memory is what DALI decodes."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -58,4 +59,5 @@ def test_dali_decodes_the_very_memory_that_was_read_into(tmp_path: Path, address
         next(batches)
     source.close()
     assert len(addresses["decoded"]) >= 3 * BATCH
-    assert addresses["decoded"] == addresses["read"][: len(addresses["decoded"])]
+    # Threads read: within a batch in any order.
+    assert not Counter(addresses["decoded"]) - Counter(addresses["read"])
