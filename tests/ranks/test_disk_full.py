@@ -13,6 +13,7 @@ import pytest
 
 from ii_dist.checkpoint import committed_steps, find_newest
 from ii_dist.config.run_folder import RunFolder
+from tests.small_disk import mounted
 from tests.tiny_run import CONFIG, ROOT
 
 pytestmark = pytest.mark.ranks
@@ -20,17 +21,8 @@ pytestmark = pytest.mark.ranks
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(path)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"needs to mount a tmpfs, which is not possible here: {error}")
-    try:
+    with mounted(tmp_path / "disk", "24m") as path:
         yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 def wait_for(what: Callable[[], object], output: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.small_disk import mounted
 from tests.tiny_run import CONFIG
 from tests.unit.launch.cases import ROOT
 
@@ -25,15 +26,8 @@ CAUSES = {
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Room for the copy of the code and for no checkpoint."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"needs to mount a tmpfs, which is not possible here: {error}")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
+    with mounted(tmp_path / "disk", "4m") as path:
+        yield path
 
 
 def launch(*words: str) -> subprocess.CompletedProcess[str]:

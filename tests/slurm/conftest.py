@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from launch import scheduler
+from tests.unit.launch.cases import wait_until
+
 SCRIPT = Path(__file__).with_name("slurm-cluster.sh")
 FOLDER = Path(f"/tmp/ii-dist-slurm-{os.getuid()}")
 """Short, for sockets live in it, and fixed, so that what a killed session left behind is found and ended."""
@@ -58,6 +61,17 @@ def four_nodes(slurm: None) -> Iterator[None]:
     set_spare("state=resume")
     yield
     set_spare("state=drain", "reason=spare")
+
+
+@pytest.fixture
+def full_cluster(slurm: None) -> Iterator[str]:
+    """A job that has both nodes; its id."""
+    command = ["sbatch", "--parsable", "--nodes=2", "--exclusive", "--partition=main", "--output=/dev/null"]
+    done = subprocess.run([*command, "--wrap=sleep 300"], capture_output=True, text=True, check=True)
+    job = done.stdout.strip()
+    wait_until(lambda: any(live.job == job and live.state == "RUNNING" for live in scheduler.live_jobs() or ()))
+    yield job
+    subprocess.run(["scancel", job], check=False)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +37,6 @@ launch: {nodes: 1}
 @pytest.fixture(autouse=True)
 def from_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-
-
-@pytest.fixture
-def full_cluster() -> Iterator[str]:
-    """A job that has both nodes; its id."""
-    command = ["sbatch", "--parsable", "--nodes=2", "--exclusive", "--partition=main", "--output=/dev/null"]
-    done = subprocess.run([*command, "--wrap=sleep 300"], capture_output=True, text=True, check=True)
-    job = done.stdout.strip()
-    wait_until(lambda: any(live.job == job and live.state == "RUNNING" for live in scheduler.live_jobs() or ()))
-    yield job
-    subprocess.run(["scancel", job], check=False)
 
 
 def launch(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -85,13 +85,12 @@ def test_a_job_that_slurm_has_forgotten_is_in_the_database(tmp_path: Path) -> No
     assert nobody["kind"] in ("lost", "killed_rank", "exception")
 
 
-@pytest.mark.usefixtures("accounting")
+@pytest.mark.usefixtures("accounting", "full_cluster")
 def test_cancelled_in_the_queue(tmp_path: Path) -> None:
     job = submitted(tmp_path, {"0": "exit:0", "1": "exit:0"}, "queue", partition="main")
     subprocess.run(["scancel", job.id], check=True)
     wait_until(lambda: not scheduler.may_go_on(job.id))
-    if job.folder.job(job.id).exists():
-        pytest.skip("it had started before it was cancelled")
+    assert not job.folder.job(job.id).exists()
     for path in (os.environ["PATH"], without(tmp_path / "bin", "scontrol")):
         cause = why(job, path)
         assert (cause["kind"], cause["source"]) == ("cancelled", "slurm")

@@ -17,6 +17,7 @@ from ii_dist.checkpoint.disk import remove_tree, replace_file, write_views
 from ii_dist.checkpoint.store import StepContent
 from ii_dist.config.errors import CheckpointError
 from ii_dist.config.run_folder import RunFolder
+from tests.small_disk import mounted
 
 Commit = Callable[..., list[Exception | None]]
 
@@ -231,17 +232,8 @@ def test_everything_is_flushed_before_it_is_relied_on(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MB."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"needs to mount a tmpfs, which is not possible here: {error}")
-    try:
+    with mounted(tmp_path / "disk", "1m") as path:
         yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 def test_full_disk(small_disk: Path, commit: Commit, tensors_of: Callable[[int], dict[str, Tensor]]) -> None:

@@ -91,7 +91,8 @@ def test_a_hang_is_noticed_named_and_ended(case: Case, how: str) -> None:
         log = case.log(rank)
         assert "== hang: on this node rank 1 fell silent first" in log
         assert re.search(r'File ".*rank_program.py", line \d+ in hang', log)
-        assert is_gone(int(re.search(r"hangs (\d+)", log)[1]))  # type: ignore[index]
+        (pid,) = re.findall(r"hangs (\d+)", log)
+        assert is_gone(int(pid))
 
 
 def test_a_rank_that_never_gives_a_sign_is_a_hang(case: Case) -> None:

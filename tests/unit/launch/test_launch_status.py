@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import history, logs, status
+from launch.scheduler import LiveJob
 from tests.unit.launch.made_runs import EPOCH_S, MadeRun
 from tests.unit.launch.test_launch_command_line import launch
 
@@ -23,8 +24,8 @@ def run(tmp_path: Path) -> MadeRun:
     return MadeRun(tmp_path)
 
 
-def told(run: MadeRun, *live: object, seconds: float = 200.0) -> status.Status:
-    return status.status_of(run.folder, live, now_s=EPOCH_S + seconds)  # type: ignore[arg-type]
+def told(run: MadeRun, *live: LiveJob, seconds: float = 200.0) -> status.Status:
+    return status.status_of(run.folder, live, now_s=EPOCH_S + seconds)
 
 
 def test_a_job_in_the_queue(run: MadeRun) -> None:

@@ -11,7 +11,7 @@ from launch.beats import Limits, NodeLife, RankLife, first_silent
 from launch.machine import share_cores
 from launch.output import OutputPump, without_stamps
 from launch.preflight import judge
-from launch.records import JobRecord, new_record, read_record, with_earlier, write_record
+from launch.records import EndedAs, JobRecord, new_record, read_record, with_earlier, write_record
 from launch.rendezvous import BUS_PORTS, FIRST_BUS_PORT, FIRST_PORT, PORTS, bus_ports, launch_number, slurm_port
 from launch.requeue import JobClock, reason_of_stop
 from launch.verdict import Ending, can_restart, classify, last_words, memory_kills, merge
@@ -79,8 +79,9 @@ def test_what_can_be_started_again() -> None:
     assert can_restart(Ending(5, "", "environment", last_line="rank 1 lost another rank (x)"))
     assert not can_restart(Ending(5, "", "environment", last_line="Submitit is not installed"))
     assert not can_restart(Ending(1, "", "exception"))
-    for hopeless in ("bad_config", "bad_data", "bad_checkpoint", "nan", "disk_full", "node_failure"):
-        assert not can_restart(Ending(1, "", hopeless, stepped=True))  # type: ignore[arg-type]
+    hopeless: tuple[EndedAs, ...] = ("bad_config", "bad_data", "bad_checkpoint", "nan", "disk_full", "node_failure")
+    for ended_as in hopeless:
+        assert not can_restart(Ending(1, "", ended_as, stepped=True))
 
 
 def test_silence_is_measured_in_the_rank_s_own_steps(tmp_path: Path) -> None:

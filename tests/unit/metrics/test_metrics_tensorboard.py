@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,9 +45,9 @@ def attempt(root: Path, resumed: int, last: int, scale: int, end: str = "close")
     return subprocess.run([sys.executable, "-c", textwrap.dedent(ATTEMPT), *arguments], check=False).returncode
 
 
-def board_of(root: Path, resumed_step: int = 0, **more: object) -> Board:
-    options = {"rank": 0, "world_size": 1, "total_steps": 9, "resumed_step": resumed_step} | more
-    return make_boards(("tensorboard",), RunFolder(root), **options)  # type: ignore[arg-type]
+def board_of(root: Path, resumed_step: int = 0, **more: Any) -> Board:
+    options: dict[str, Any] = {"rank": 0, "world_size": 1, "total_steps": 9, "resumed_step": resumed_step} | more
+    return make_boards(("tensorboard",), RunFolder(root), **options)
 
 
 def read_back(root: Path) -> "event_accumulator.EventAccumulator":
@@ -184,16 +185,16 @@ def test_settings_are_those_of_the_newest_attempt_and_the_end_is_told_once(tmp_p
         board.close()
     found = read_back(tmp_path / "two")
 
-    def content(tag: str) -> object:
+    def content(tag: str) -> Any:
         raw = found.SummaryMetadata(tag).plugin_data.content
         return plugin_data_pb2.HParamsPluginData.FromString(raw)
 
-    start = content("_hparams_/session_start_info").session_start_info  # type: ignore[attr-defined]
+    start = content("_hparams_/session_start_info").session_start_info
     assert start.group_name == "two"
     assert start.hparams["optim.lr"].number_value == 0.4
     assert start.hparams["model.gate"].string_value == "se"
     assert start.hparams["engine.compile"].bool_value is False
-    experiment = content("_hparams_/experiment").experiment  # type: ignore[attr-defined]
+    experiment = content("_hparams_/experiment").experiment
     assert [info.name for info in experiment.hparam_infos] == list(settings)
     assert [info.name.tag for info in experiment.metric_infos] == list(RESULTS)
     assert len(found.Tensors("_hparams_/session_end_info")) == 1
